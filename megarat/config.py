@@ -1,0 +1,428 @@
+"""One typed tree describes a run.
+
+It is read from YAML, changed by ``--set key=value``, validated once, printed and stored with the run. Unknown keys are refused
+with the nearest known one. ``docs/config.md`` is generated from this file (``python -m megarat.config``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+
+from megarat.errors import UserError
+from megarat.model.pattern import Pattern, Patterns, PatternSpec, resolve
+
+PatternSetting = Union[str, list[Union[str, list[str]]]]
+
+
+def setting(default: Any, doc: str) -> Any:
+    """A field with its documentation; mutable defaults are copied per instance."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"doc": doc})
+    return field(default=default, metadata={"doc": doc})
+
+
+def required(doc: str) -> Any:
+    """A field without a default: leaving it out is an error that names it."""
+    return field(default=None, metadata={"doc": doc, "required": True})
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives."""
+
+    dir: str = required("Run folder: resolved config, environment, logs and checkpoints. A run resumes by itself from it.")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to train; `auto` takes the GPU when there is one.")
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the model."""
+
+    layers: int = setting(24, "Blocks (mixer + FFN).")
+    hidden: int = setting(2048, "Model width C; a multiple of `heads`.")
+    heads: int = setting(16, "Attention heads H; the head size C/H must be even (the published models use 128).")
+    vocab: int = setting(32000, "Rows of the tied embedding; at least the tokenizer's vocabulary.")
+    ffn_multiple: int = setting(4, "FFN width as a multiple of `hidden`.")
+    recurrence: bool = setting(True, "The gated recurrence of RAT+; false gives the attention-only baseline.")
+    rope_base: float = setting(10000.0, "Base of the rotary positions.")
+    norm_eps: float = setting(1e-6, "Epsilon of RMSNorm.")
+    init_std: float = setting(0.02, "Standard deviation of all initial matrices.")
+    residual_dtype: Literal["fp32", "compute"] = setting(
+        "fp32", "Residual stream: fp32 as published, or the dtype of the matrices."
+    )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.hidden // self.heads
+
+
+@dataclass
+class AttentionConfig:
+    """Which keys are visible (see the README's table of patterns)."""
+
+    pattern: PatternSetting = setting(
+        "dense", "Pattern of the (second) pass: `dense`, `D=16,W=256,I=4`, a list a layer, or lists a head."
+    )
+    train_dilation: int = setting(
+        64, "Dilation of the sparse pass of each pair in pretraining; 1 switches active recurrence learning off."
+    )
+    train_window: int = setting(0, "Window W of the sparse pass.")
+    train_initial: int = setting(0, "Initial tokens I of the sparse pass.")
+
+
+@dataclass
+class DataConfig:
+    """The token stream."""
+
+    shards: str = required("Folder written by data_tools/build_shards.py (train/, validation/, tokenizer/).")
+    sequence_length: int = setting(4096, "Tokens T of a training sequence.")
+    order: Literal["shuffled", "random_offsets"] = setting(
+        "shuffled", "`shuffled`: every sequence once an epoch; `random_offsets`: uniform starts with replacement (adaptation)."
+    )
+    prefetch: int = setting(2, "Global batches read ahead of the step.")
+
+
+@dataclass
+class TrainConfig:
+    """Length and arithmetic of the training."""
+
+    pairs: int = setting(
+        1000, "Global batches; each makes two optimizer updates (sparse, dense) in pretraining, one in adaptation."
+    )
+    global_batch: int = setting(512, "Sequences of a global batch.")
+    micro_batch: int = setting(2, "Sequences one rank computes at a time; the rest is gradient accumulation.")
+    seed: int = setting(1005, "Seed of initial weights and data order.")
+    precision: Literal["auto", "bf16", "fp32"] = setting(
+        "auto", "bf16 keeps fp32 masters; `auto` is bf16 on GPUs and on CPUs with bf16 matrix units."
+    )
+    wall_clock_minutes: float = setting(0.0, "Stop early (exit 75, with a checkpoint) after this time; 0 = no limit.")
+    max_skipped: int = setting(3, "Consecutive non-finite pairs to skip before the run stops with an error.")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule, counted in pairs."""
+
+    lr: float = setting(8e-4, "Peak learning rate.")
+    min_lr: float = setting(1e-6, "Final learning rate of the cosine.")
+    warmup: float = setting(0.05, "Linear warm-up: a fraction of the pairs when below 1, else a number of pairs.")
+    schedule: Literal["cosine", "constant"] = setting("cosine", "Shape after the warm-up.")
+    beta1: float = setting(0.9, "AdamW beta 1.")
+    beta2: float = setting(0.95, "AdamW beta 2.")
+    eps: float = setting(1e-8, "AdamW epsilon.")
+    weight_decay: float = setting(0.1, "Decoupled weight decay.")
+    no_decay: Literal["nothing", "norms", "norms_and_embedding"] = setting(
+        "nothing", "What weight decay leaves out (the recipe decays everything)."
+    )
+    clip: float = setting(1.0, "Maximal global gradient norm; 0 = no clipping.")
+
+
+@dataclass
+class ParallelConfig:
+    """The mesh."""
+
+    tensor: int = setting(1, "Ranks that share each layer's heads.")
+    pipeline: int = setting(1, "Pipeline stages.")
+    context: int = setting(1, "Ranks that share each sequence.")
+    zero: int = setting(1, "DeepSpeed ZeRO stage 1, 2 or 3.")
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    every: int = setting(500, "Pairs between checkpoints; one is always written at the end and on a stop.")
+    keep: int = setting(2, "Newest checkpoints kept.")
+    keep_every: int = setting(0, "Also keep every checkpoint whose pair is a multiple of this; 0 = none.")
+
+
+@dataclass
+class LogConfig:
+    """What a run prints and records."""
+
+    every: int = setting(1, "Pairs between lines of metrics.jsonl and TensorBoard points.")
+    progress: bool = setting(True, "Progress bar with tokens/s and time left.")
+    tensorboard: bool = setting(True, "Write TensorBoard events into RUN/tensorboard.")
+
+
+@dataclass
+class Config:
+    """A run of megarat."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def patterns(self) -> Patterns:
+        """Pattern of the main pass, resolved to every layer and head."""
+        return resolve(self.attention.pattern, self.model.layers, self.model.heads)
+
+    @property
+    def sparse_patterns(self) -> Patterns | None:
+        """Pattern of the sparse pass of each pair; None when active recurrence learning is off."""
+        attention = self.attention
+        if attention.train_dilation == 1:
+            return None
+        sparse = Pattern(attention.train_dilation, attention.train_window, attention.train_initial)
+        return resolve(sparse, self.model.layers, self.model.heads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as written to ``config.yaml``."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """The YAML that reads back to this tree."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a run's YAML, apply ``key=value`` overrides, validate. Raises ``UserError`` naming the file and key."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config {path}: {error}") from None
+    try:
+        tree = yaml.load(text, Loader=_Loader) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of sections such as 'model:' and 'train:', found {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return from_dict(tree, str(path))
+
+
+def from_dict(tree: Mapping[str, Any], source: str = "config") -> Config:
+    """Build and validate a tree from nested plain values; ``source`` is named in errors."""
+    config: Config = _build(Config, tree, source, "")
+    validate(config, source)
+    return config
+
+
+def validate(config: Config, source: str = "config") -> None:
+    """Check everything that can be checked without touching files or devices. Raises ``UserError``."""
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for item in dataclasses.fields(values):
+            if item.metadata.get("required") and not getattr(values, item.name):
+                raise UserError(f"{source}: {section.name}.{item.name} is missing: {item.metadata['doc']}")
+    for key in _POSITIVE:
+        if not get(config, key) > 0:
+            raise UserError(f"{source}: {key} is {get(config, key)}; it must be greater than 0")
+    for key in _NOT_NEGATIVE:
+        if get(config, key) < 0:
+            raise UserError(f"{source}: {key} is {get(config, key)}; it must not be negative")
+    _validate_shape(config.model, source)
+    _validate_batches(config, source)
+    _validate_optimizer(config.optim, source)
+    _validate_mesh(config, source)
+    try:
+        _ = config.patterns, config.sparse_patterns
+    except UserError as error:
+        raise UserError(f"{source}: attention: {error}") from None
+
+
+_POSITIVE = (
+    "model.layers model.hidden model.heads model.vocab model.ffn_multiple model.rope_base model.norm_eps model.init_std "
+    "data.sequence_length data.prefetch train.pairs train.global_batch train.micro_batch train.max_skipped optim.lr optim.eps "
+    "parallel.tensor parallel.pipeline parallel.context checkpoint.every checkpoint.keep log.every"
+).split()
+_NOT_NEGATIVE = (
+    "optim.min_lr optim.warmup optim.weight_decay optim.clip checkpoint.keep_every train.wall_clock_minutes train.seed".split()
+)
+
+
+def _validate_shape(model: ModelConfig, source: str) -> None:
+    if model.hidden % model.heads:
+        raise UserError(
+            f"{source}: model.hidden is {model.hidden}, not a multiple of model.heads = {model.heads}; every head has hidden/heads channels"
+        )
+    if model.head_dim % 2:
+        raise UserError(
+            f"{source}: model.hidden / model.heads = {model.head_dim}; rotary positions need an even head size (128 in the published models)"
+        )
+
+
+def _validate_batches(config: Config, source: str) -> None:
+    train = config.train
+    if train.global_batch % train.micro_batch:
+        raise UserError(
+            f"{source}: train.global_batch = {train.global_batch} is not a multiple of train.micro_batch = {train.micro_batch}"
+        )
+
+
+def _validate_optimizer(optim: OptimConfig, source: str) -> None:
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, key) < 1:
+            raise UserError(f"{source}: optim.{key} is {getattr(optim, key)}; it must lie in [0, 1)")
+    if optim.schedule == "cosine" and optim.min_lr > optim.lr:
+        raise UserError(f"{source}: optim.min_lr = {optim.min_lr} is above the peak optim.lr = {optim.lr}")
+
+
+def _validate_mesh(config: Config, source: str) -> None:
+    parallel = config.parallel
+    if parallel.zero not in (1, 2, 3):
+        why = (
+            "stage 0 takes another optimizer in bf16 and clips with a wrong norm under pipelines"
+            if parallel.zero == 0
+            else "DeepSpeed has stages 1, 2 and 3"
+        )
+        raise UserError(f"{source}: parallel.zero is {parallel.zero}; use 1, 2 or 3 ({why})")
+    for key in ("tensor", "pipeline", "context"):
+        if getattr(parallel, key) != 1:
+            raise UserError(f"{source}: parallel.{key} is {getattr(parallel, key)}; this version trains on one process (1)")
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of a dotted key, such as ``train.pairs``."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and reads 8e-4 as a number (YAML 1.1 wants 8.0e-4)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} appears twice (line {node.start_mark.line + 1})")
+        return dict(super().construct_mapping(node, deep=deep))
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not equals or not dot or not name:
+        raise UserError(f"--set {override!r}: write section.key=value, for example --set train.pairs=100")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+    branch = tree.setdefault(section, {})
+    if not isinstance(branch, dict):
+        raise UserError(f"--set {override!r}: {section!r} is not a section")
+    branch[name] = value
+
+
+def _build(kind: type, tree: Any, source: str, prefix: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{source}: {prefix.rstrip('.') or 'the file'} must be a mapping, found {tree!r}")
+    hints = typing.get_type_hints(kind)
+    known = {item.name for item in dataclasses.fields(kind)}
+    values = {}
+    for name, value in tree.items():
+        if name not in known:
+            raise UserError(f"{source}: unknown key {prefix}{name}{_nearest(str(name), prefix, known)}")
+        nested = dataclasses.is_dataclass(hints[name])
+        values[name] = (
+            _build(hints[name], value or {}, source, f"{prefix}{name}.")
+            if nested
+            else _coerce(value, hints[name], source, prefix + name)
+        )
+    return kind(**values)
+
+
+def _nearest(name: str, prefix: str, known: Iterable[str]) -> str:
+    candidates = [prefix + item for item in known]
+    if prefix == "":
+        candidates += all_keys()
+    else:
+        candidates += [key for key in all_keys() if not key.startswith(prefix)]
+    match = difflib.get_close_matches(prefix + name, candidates, n=1, cutoff=0.5)
+    same_name = [key for key in all_keys() if key.endswith("." + name)]
+    best = same_name or match
+    return f"; did you mean {best[0]}?" if best else f"; known keys here: {', '.join(sorted(known))}"
+
+
+def all_keys() -> list[str]:
+    """Every dotted key of the tree, in order."""
+    sections = typing.get_type_hints(Config)
+    return [f"{section}.{item.name}" for section, kind in sections.items() for item in dataclasses.fields(kind)]
+
+
+def _coerce(value: Any, hint: Any, source: str, key: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        options = typing.get_args(hint)
+        if value not in options:
+            raise UserError(f"{source}: {key} is {value!r}; it must be one of {', '.join(map(str, options))}")
+        return value
+    if origin in (Union, types.UnionType):  # attention.pattern: a string, or nested lists of strings
+        return _coerce_pattern(value, source, key)
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{source}: {key} is {value!r}; it must be {_TYPE_NAMES[hint]}")
+    return value
+
+
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+
+
+def _coerce_pattern(value: PatternSpec, source: str, key: str) -> PatternSpec:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return [_coerce_pattern(item, source, key) for item in value]  # type: ignore[misc,return-value,arg-type]
+    raise UserError(f"{source}: {key}: found {value!r}; write 'dense', 'D=16,W=256,I=4', a list a layer or lists a head")
+
+
+def reference() -> str:
+    """The config reference as Markdown (``docs/config.md``)."""
+    lines = [
+        "# Configuration reference",
+        "",
+        "Generated from `megarat/config.py` by `python -m megarat.config`; do not edit.",
+        "Every key can be written by `--set section.key=value`. Unknown keys are refused.",
+    ]
+    sections = typing.get_type_hints(Config)
+    for section, kind in sections.items():
+        hints = typing.get_type_hints(kind)
+        lines += [
+            "",
+            f"## {section}",
+            "",
+            (kind.__doc__ or "").strip(),
+            "",
+            "| key | type | default | meaning |",
+            "|---|---|---|---|",
+        ]
+        for item in dataclasses.fields(kind):
+            default = "required" if item.metadata.get("required") else f"`{item.default}`"
+            lines.append(f"| `{section}.{item.name}` | {_type_text(hints[item.name])} | {default} | {item.metadata['doc']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _type_text(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return ", ".join(f"`{option}`" for option in typing.get_args(hint))
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return "pattern or lists"
+    return str(hint.__name__)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
