@@ -1,0 +1,29 @@
+"""The mathematical operations of RAT+, each a plain torch reference with a Triton kernel behind one public function.
+
+Ops know neither ranks nor models: tensors and patterns (dilation, window, initial) in, tensors out. `MEGARAT_OPS=reference` forces
+the references everywhere (see `ops.dispatch`).
+"""
+
+from megarat.ops.cross_entropy import Statistics, linear_cross_entropy, partial_statistics
+from megarat.ops.decode_attention import cache_slots, cache_write, decode_attention, gate_step
+from megarat.ops.dilated_attention import dilated_attention, visible
+from megarat.ops.gated_scan import ScanState, gated_scan
+from megarat.ops.rms_norm import rms_norm
+from megarat.ops.rotary import apply_rotary, rotary_tables
+
+__all__ = [
+    "ScanState",
+    "Statistics",
+    "apply_rotary",
+    "cache_slots",
+    "cache_write",
+    "decode_attention",
+    "dilated_attention",
+    "gate_step",
+    "gated_scan",
+    "linear_cross_entropy",
+    "partial_statistics",
+    "rms_norm",
+    "rotary_tables",
+    "visible",
+]

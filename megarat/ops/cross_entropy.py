@@ -1,0 +1,164 @@
+"""The output projection and its cross entropy in one op, chunk by chunk over the rows, so that all logits never exist at once.
+
+    logits = x W^T,   loss = sum over kept rows of  logsumexp(logits) - logits[label]   (divided by their number for "mean")
+
+Shapes: N rows (tokens), C channels, V vocabulary entries *held here*. The gradients dx = dlogits W and dW = dlogits^T x are made in the
+forward, while a chunk's logits are at hand, and only scaled in the backward: 3 matrix products in all, none repeated.
+
+Vocabulary-parallel use: give each rank its rows of W with the number of its first one as `vocab_start`, and a `combine` that joins the
+three per-row statistics over the ranks (a max, and two sums after rescaling; see `Statistics`). The op itself knows no ranks. dx
+is then this rank's part, to be summed by whoever split the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+DEFAULT_CHUNK_BYTES = 256 << 20  # of fp32 logits: large enough to keep matrix units busy, small beside a training step's memory
+CPU_CHUNK_BYTES = 16 << 20  # about what the last-level cache of a desktop holds
+
+
+class Statistics(NamedTuple):
+    """Per row of a chunk: what a softmax over a part of the vocabulary has to tell the other parts. All (n,), fp32.
+
+    To join parts: top = max over parts of `largest`; `sum_exp` and `target` are summed, after sum_exp *= exp(largest - top).
+    """
+
+    largest: Tensor
+    sum_exp: Tensor
+    target: Tensor
+
+
+Combine = Callable[[Statistics], Statistics]
+
+
+def linear_cross_entropy_ref(
+    x_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    """The definition with all logits, in fp32 (float64 for float64 inputs): the oracle. 0 where no row is kept."""
+    compute = torch.float64 if x_NC.dtype == torch.float64 else torch.float32
+    logits_NV = x_NC.to(compute) @ weight_VC.to(compute).T
+    kept_N = labels_N != ignore_index
+    losses_N = logits_NV.logsumexp(dim=-1) - logits_NV.gather(1, labels_N.clamp_min(0)[:, None])[:, 0]
+    total = losses_N.masked_fill(~kept_N, 0.0).sum()
+    return total / kept_N.sum().clamp_min(1) if reduction == "mean" else total
+
+
+def partial_statistics(logits_nV: Tensor, labels_n: Tensor, vocab_start: int) -> Statistics:
+    """The statistics of the vocabulary entries vocab_start ... vocab_start + V. `target` is 0 for labels outside of them."""
+    largest_n = logits_nV.amax(dim=-1)
+    sum_exp_n = (logits_nV - largest_n[:, None]).exp_().sum(dim=-1)
+    local_n, inside_n = _local_labels(labels_n, vocab_start, logits_nV.shape[1])
+    target_n = logits_nV.gather(1, local_n[:, None])[:, 0]
+    return Statistics(largest_n, sum_exp_n, target_n.masked_fill_(~inside_n, 0.0))
+
+
+def _local_labels(labels_n: Tensor, vocab_start: int, entries: int) -> tuple[Tensor, Tensor]:
+    """Labels as columns of this part (0 where they lie outside), and whether they lie inside."""
+    local_n = labels_n - vocab_start
+    inside_n = (local_n >= 0) & (local_n < entries)
+    return local_n.masked_fill(~inside_n, 0), inside_n
+
+
+def _logit_gradient_(logits_nV: Tensor, joined: Statistics, labels_n: Tensor, vocab_start: int, weights_n: Tensor) -> Tensor:
+    """(softmax - onehot) * weights, in place over the logits."""
+    logits_nV.sub_((joined.largest + joined.sum_exp.log())[:, None]).exp_()
+    local_n, inside_n = _local_labels(labels_n, vocab_start, logits_nV.shape[1])
+    logits_nV.scatter_add_(1, local_n[:, None], -inside_n[:, None].to(logits_nV.dtype))
+    return logits_nV.mul_(weights_n[:, None])
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NC: Tensor,
+        weight_VC: Tensor,
+        labels_N: Tensor,
+        ignore_index: int,
+        chunk: int,
+        reduction: str,
+        vocab_start: int,
+        combine: Combine | None,
+        want_gradients: bool,
+    ) -> tuple[Tensor, Tensor]:
+        compute = torch.float64 if x_NC.dtype == torch.float64 else torch.float32
+        kept_N = labels_N != ignore_index
+        count = kept_N.sum()
+        weights_N = kept_N.to(compute)
+        if reduction == "mean":
+            weights_N = weights_N / count.clamp_min(1)
+        loss = torch.zeros((), dtype=compute, device=x_NC.device)
+        dx_NC = torch.empty_like(x_NC) if want_gradients else None
+        dweight_VC = torch.zeros(weight_VC.shape, dtype=compute, device=x_NC.device) if want_gradients else None
+        for start in range(0, x_NC.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            logits_nV = (x_NC[rows] @ weight_VC.T).to(compute)
+            joined = partial_statistics(logits_nV, labels_N[rows], vocab_start)
+            if combine is not None:
+                joined = combine(joined)
+            loss += ((joined.largest + joined.sum_exp.log() - joined.target) * weights_N[rows]).sum()
+            if dx_NC is None or dweight_VC is None:
+                continue
+            dlogits_nV = _logit_gradient_(logits_nV, joined, labels_N[rows], vocab_start, weights_N[rows]).to(x_NC.dtype)
+            torch.mm(dlogits_nV, weight_VC, out=dx_NC[rows])
+            _accumulate_outer(dweight_VC, dlogits_nV, x_NC[rows])
+        if dx_NC is not None and dweight_VC is not None:
+            ctx.save_for_backward(dx_NC, dweight_VC.to(weight_VC.dtype))
+        ctx.mark_non_differentiable(count)
+        return loss, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _dcount: Tensor) -> tuple[Tensor | None, ...]:
+        dx_NC, dweight_VC = ctx.saved_tensors
+        return dx_NC * dloss.to(dx_NC.dtype), dweight_VC * dloss.to(dweight_VC.dtype), *(None,) * 7
+
+
+def _accumulate_outer(dweight_VC: Tensor, dlogits_nV: Tensor, x_nC: Tensor) -> None:
+    """dweight += dlogits^T x, summed in dweight's dtype (fp32) whatever the operands' dtype."""
+    if dlogits_nV.dtype == dweight_VC.dtype:
+        dweight_VC.addmm_(dlogits_nV.T, x_nC)
+    elif dlogits_nV.is_cuda:
+        torch.addmm(dweight_VC, dlogits_nV.T, x_nC, out_dtype=dweight_VC.dtype, out=dweight_VC)
+    else:
+        dweight_VC.add_(dlogits_nV.T @ x_nC)
+
+
+def linear_cross_entropy(
+    x_NC: Tensor,
+    weight_VC: Tensor,
+    labels_N: Tensor,
+    *,
+    ignore_index: int = -100,
+    chunk: int | None = None,
+    reduction: str = "mean",
+    vocab_start: int = 0,
+    combine: Combine | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of `x W^T` against labels without ever holding all logits.
+
+    x_NC, weight_VC: one float dtype. labels_N: int64; rows with `ignore_index` count for nothing.
+    chunk: rows at a time; by default as many as keep the fp32 logits of a chunk at 256 MB (16 MB on a CPU).
+    reduction: "mean" over the kept rows (0 if there are none) or "sum".
+    vocab_start, combine: for a vocabulary split over ranks, see the module's docstring.
+
+    Returns (loss, count of kept rows): a scalar fp32 (float64 for float64 inputs) and a scalar int64.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"linear_cross_entropy: reduction={reduction!r}, expected 'mean' or 'sum'")
+    if x_NC.dtype != weight_VC.dtype:
+        raise ValueError(f"linear_cross_entropy: x is {x_NC.dtype} but the weight is {weight_VC.dtype}")
+    if chunk is None:
+        budget = DEFAULT_CHUNK_BYTES if x_NC.is_cuda else CPU_CHUNK_BYTES
+        chunk = max(1, budget // (4 * weight_VC.shape[0]))
+    want_gradients = torch.is_grad_enabled() and (x_NC.requires_grad or weight_VC.requires_grad)
+    loss, count = _LinearCrossEntropy.apply(
+        x_NC, weight_VC, labels_N, ignore_index, chunk, reduction, vocab_start, combine, want_gradients
+    )
+    return loss, count

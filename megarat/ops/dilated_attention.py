@@ -1,0 +1,199 @@
+"""Dilated attention of RAT+ (arXiv 2602.18196): every query sees itself, a window, some initial tokens and every D-th token.
+
+Query i sees key j iff j <= i and ( i - j <= W  or  j < I  or  (D != -1 and (j + 1) mod D == 0) ), for a pattern (D, W, I). D = 1 is
+dense causal attention, D = -1 has no dilated part, and a query always sees its own key.
+
+Shapes: B batch, T length, H heads, K head channels, F far keys. The sparse paths rest on a split of the visible keys into disjoint
+ranges, each a function of i alone. With lo = max(0, i - W) and n0 = I // D:
+
+    local    [lo, i]
+    initial  [0, min(I, lo))
+    dilated  (n0 + c + 1) D - 1   for 0 <= c < max(0, lo // D - n0)
+
+The initial and the dilated keys at or behind position I are packed into one *far buffer*; slot f of it is at `far_positions[f]` and
+is visible to query i iff that position is below lo.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megarat.ops.dispatch import choose_backend
+
+PatternLike = Sequence[int]
+
+
+def visible(q_positions: Tensor, k_positions: Tensor, pattern: PatternLike) -> Tensor:
+    """The mask rule itself: bool (..., Q, K) for integer positions (..., Q) and (..., K)."""
+    dilation, window, initial = check_pattern(pattern)
+    i, j = q_positions[..., :, None], k_positions[..., None, :]
+    seen = (i - j <= window) | (j < initial)
+    if dilation != -1:
+        seen = seen | ((j + 1) % dilation == 0)
+    return seen & (j <= i)
+
+
+def check_pattern(pattern: PatternLike) -> tuple[int, int, int]:
+    """(D, W, I) as plain integers, or ValueError."""
+    dilation, window, initial = (int(part) for part in pattern)
+    if dilation < 1 and dilation != -1:
+        raise ValueError(f"pattern {tuple(pattern)}: dilation {dilation} is neither positive nor -1 (no dilated part)")
+    if window < 0 or initial < 0:
+        raise ValueError(f"pattern {tuple(pattern)}: window {window} and initial {initial} must not be negative")
+    return dilation, window, initial
+
+
+def far_positions(length: int, pattern: PatternLike, device: torch.device | str = "cpu") -> Tensor:
+    """Positions (F,) of the far buffer of a sequence: the initial tokens, then every dilated one at or behind position I."""
+    dilation, _, initial = check_pattern(pattern)
+    first = torch.arange(min(initial, length), device=device)
+    if dilation == -1:
+        return first
+    first_dilated = min((initial // dilation + 1) * dilation - 1, length)
+    return torch.cat((first, torch.arange(first_dilated, length, dilation, device=device)))
+
+
+def dilated_attention_ref(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHK: Tensor,
+    pattern: PatternLike,
+    *,
+    scale: float | None = None,
+    document_ids_BT: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, by the literal mask over all T x T scores, in the inputs' dtype: the oracle. Returns out_BTHK, lse_BTH."""
+    positions = torch.arange(q_BTHK.shape[1], device=q_BTHK.device)
+    hidden_B1TT = ~visible(positions, positions, pattern)[None, None]
+    if document_ids_BT is not None:
+        hidden_B1TT = hidden_B1TT | (document_ids_BT[:, None, :, None] != document_ids_BT[:, None, None, :])
+    scores_BHTT = torch.einsum("bihk,bjhk->bhij", q_BTHK, k_BTHK) * (scale or q_BTHK.shape[-1] ** -0.5)
+    scores_BHTT = scores_BHTT.masked_fill(hidden_B1TT, -math.inf)
+    out_BTHK = torch.einsum("bhij,bjhk->bihk", scores_BHTT.softmax(dim=-1), v_BTHK)
+    return out_BTHK, scores_BHTT.logsumexp(dim=-1).transpose(1, 2)
+
+
+# --- the torch paths ----------------------------------------------------------------------------------------------------------
+
+
+def _attend_far_and_self(
+    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, pattern: PatternLike, scale: float, document_ids_BT: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """W = 0: one softmax over [far | self], O(T F) instead of O(T T). Scores and softmax in fp32 (float64 for float64)."""
+    far_F = far_positions(q_BTHK.shape[1], pattern, q_BTHK.device)
+    k_far_BFHK, v_far_BFHK = k_BTHK[:, far_F], v_BTHK[:, far_F]
+    hidden_11TF = (far_F[None, :] >= torch.arange(q_BTHK.shape[1], device=q_BTHK.device)[:, None])[None, None]
+    if document_ids_BT is not None:
+        hidden_11TF = hidden_11TF | (document_ids_BT[:, None, :, None] != document_ids_BT[:, far_F][:, None, None, :])
+    compute = torch.float64 if q_BTHK.dtype == torch.float64 else torch.float32
+    scores_BHTF = torch.einsum("bthk,bfhk->bhtf", q_BTHK, k_far_BFHK).to(compute) * scale
+    own_BHT1 = ((q_BTHK.to(compute) * k_BTHK.to(compute)).sum(dim=-1) * scale).transpose(1, 2)[..., None]
+    scores_BHTS = torch.cat((scores_BHTF.masked_fill(hidden_11TF, -math.inf), own_BHT1), dim=-1)
+    weights_BHTS = scores_BHTS.softmax(dim=-1).to(v_BTHK.dtype)
+    out_BTHK = torch.einsum("bhtf,bfhk->bthk", weights_BHTS[..., :-1], v_far_BFHK)
+    out_BTHK = out_BTHK + weights_BHTS[..., -1:].transpose(1, 2) * v_BTHK
+    return out_BTHK, scores_BHTS.logsumexp(dim=-1).transpose(1, 2)
+
+
+def _attend_sdpa(
+    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, pattern: PatternLike, scale: float, document_ids_BT: Tensor | None
+) -> Tensor:
+    """Torch's own attention: causal where the pattern is dense, with the explicit mask where a window or documents ask for it."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
+    if is_dense(pattern, q_BTHK.shape[1]) and document_ids_BT is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+    positions = torch.arange(q_BTHK.shape[1], device=q_BTHK.device)
+    mask_B1TT = visible(positions, positions, pattern)[None, None]
+    if document_ids_BT is not None:
+        mask_B1TT = mask_B1TT & (document_ids_BT[:, None, :, None] == document_ids_BT[:, None, None, :])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1TT, scale=scale).transpose(1, 2)
+
+
+def is_dense(pattern: PatternLike, length: int) -> bool:
+    """Whether every query of a sequence of this length sees all keys up to its own."""
+    dilation, window, initial = check_pattern(pattern)
+    return dilation == 1 or window >= length - 1 or initial >= length - 1
+
+
+def _attend_torch(
+    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, pattern: PatternLike, scale: float, lse: bool, document_ids_BT: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    if pattern[1] == 0 and not is_dense(pattern, q_BTHK.shape[1]):
+        return _attend_far_and_self(q_BTHK, k_BTHK, v_BTHK, pattern, scale, document_ids_BT)
+    if lse:
+        return dilated_attention_ref(q_BTHK, k_BTHK, v_BTHK, pattern, scale=scale, document_ids_BT=document_ids_BT)
+    return _attend_sdpa(q_BTHK, k_BTHK, v_BTHK, pattern, scale, document_ids_BT), None
+
+
+def dilated_attention(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHK: Tensor,
+    pattern: PatternLike | Sequence[PatternLike],
+    *,
+    scale: float | None = None,
+    output_gate_BTHK: Tensor | None = None,
+    return_lse: bool = False,
+    document_ids_BT: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the keys a pattern shows, differentiable in q, k, v and the gate.
+
+    q, k, v: (B, T, H, K), one float dtype; any strides with a contiguous last dimension.
+    pattern: (D, W, I) for all heads, or a sequence of H of them; heads of equal pattern run together.
+    scale: of the scores, K ** -0.5 by default. output_gate_BTHK: if given, the result is multiplied by its sigmoid.
+    document_ids_BT: integers; keys of another document than the query's are invisible.
+    backend: "triton", "reference" or None to choose (see ops.dispatch); dense patterns always take torch's own attention.
+
+    Returns out_BTHK in q's dtype, and with return_lse also the log-sum-exp of the visible scaled scores, (B, T, H) fp32 (float64
+    for float64 inputs).
+    """
+    choose_backend("dilated_attention", backend, q_BTHK, "no kernel is built for it")
+    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    groups = group_heads(pattern, q_BTHK.shape[2])
+    parts = []
+    for one_pattern, heads in groups:
+        q, k, v = (_take_heads(x, heads) for x in (q_BTHK, k_BTHK, v_BTHK))
+        parts.append(_attend_torch(q, k, v, one_pattern, scale, return_lse, document_ids_BT))
+    order = [head for _, heads in groups for head in heads]
+    out_BTHK = _restore_heads([out for out, _ in parts], order)
+    if output_gate_BTHK is not None:
+        out_BTHK = out_BTHK * torch.sigmoid(output_gate_BTHK)
+    if not return_lse:
+        return out_BTHK
+    return out_BTHK, _restore_heads([lse for _, lse in parts if lse is not None], order)
+
+
+def group_heads(pattern: PatternLike | Sequence[PatternLike], heads: int) -> list[tuple[tuple[int, int, int], list[int]]]:
+    """[(pattern, its heads)] in order of first appearance."""
+    if isinstance(pattern[0], int):
+        return [(check_pattern(pattern), list(range(heads)))]  # type: ignore[arg-type]
+    if len(pattern) != heads:
+        raise ValueError(f"dilated_attention: {len(pattern)} patterns for {heads} heads")
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    for head, one_pattern in enumerate(pattern):
+        groups.setdefault(check_pattern(one_pattern), []).append(head)  # type: ignore[arg-type]
+    return list(groups.items())
+
+
+def _take_heads(x_BTHK: Tensor, heads: list[int]) -> Tensor:
+    if len(heads) == x_BTHK.shape[2]:
+        return x_BTHK
+    if heads == list(range(heads[0], heads[-1] + 1)):
+        return x_BTHK[:, :, heads[0] : heads[-1] + 1]
+    return x_BTHK[:, :, heads]
+
+
+def _restore_heads(parts: list[Tensor], order: list[int]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    x_BTH = torch.cat(parts, dim=2)
+    if order == sorted(order):
+        return x_BTH
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return x_BTH[:, :, inverse]

@@ -1,0 +1,39 @@
+"""Rotary position embedding, half-split (NeoX) pairing: channel i turns with channel i + K/2.
+
+Shapes: B batch, T length, H heads, K head channels, R = K/2 rotation pairs. RAT+ (arXiv 2602.18196) rotates the query and the
+recurred key by the token's absolute position, after the recurrence, so that the recurrent state itself is free of positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_tables(
+    positions: Tensor, head_dim: int, base: float = 10000.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of `position * base ** (-2 r / K)`.
+
+    positions: integer or float tensor of any shape, (T,) or (B, T) as a rule. Returns two tensors of shape (..., K/2) in `dtype`;
+    the angles are taken in float64, since fp32 angles are off by 1e-2 rad at position 131072.
+    """
+    if head_dim % 2:
+        raise ValueError(f"rotary_tables: head_dim {head_dim} is odd; channels turn in pairs")
+    pairs = torch.arange(head_dim // 2, dtype=torch.float64, device=positions.device)
+    angles = positions.to(torch.float64)[..., None] * base ** (-2.0 * pairs / head_dim)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates every head of x by its token's angles.
+
+    x_BTHK: any float dtype. cos, sin: (T, R) shared by all rows, or (B, T, R). The rotation is done in fp32 (float64 for float64
+    input); the result has x's dtype.
+    """
+    if cos.shape[-1] * 2 != x_BTHK.shape[-1]:
+        raise ValueError(f"apply_rotary: tables of {cos.shape[-1]} pairs for heads of {x_BTHK.shape[-1]} channels")
+    compute = torch.float64 if x_BTHK.dtype == torch.float64 else torch.float32
+    first, second = x_BTHK.to(compute).chunk(2, dim=-1)
+    cos, sin = cos.to(compute).unsqueeze(-2), sin.to(compute).unsqueeze(-2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHK.dtype)
