@@ -1,0 +1,149 @@
+"""Text from the sparse cache: prefill a batch of unequal prompts, then one token at a time.
+
+Prefill is the training forward (every query attends through the pattern's mask), decoding reads the cache; both compute the same
+function, for every pattern.
+
+Shapes: B sequences, T prompt length, C width, V vocabulary, H heads, K head channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megarat.errors import UserError
+from megarat.infer.cache import SparseCache
+from megarat.model.lm import RATPlusLM
+from megarat.model.pattern import Patterns
+from megarat.ops import apply_rotary, gate_step
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. ``temperature`` 0 is greedy; ``top_p`` keeps the smallest set of tokens of that probability."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+            raise UserError(f"sampling: {self}: need temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0")
+
+
+@torch.no_grad()
+def prefill(model: RATPlusLM, ids_BT: Tensor, lengths_B: Tensor, patterns: Patterns, cache: SparseCache) -> Tensor:
+    """Read right-padded prompts into the cache and return the logits (B, V) after each prompt's last token.
+
+    ``lengths_B`` (int64) counts the real tokens of each row; what lies behind them influences nothing.
+    """
+    positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+    rotary = model.rotary(positions_T)
+    padding_BT = positions_T >= lengths_B[:, None]
+    x_BTC = model.embed(ids_BT)
+    for index, (block, pattern) in enumerate(zip(model.blocks, patterns, strict=True)):
+        projections = block.mixer.project(x_BTC)
+        q, k, v, state = block.mixer.recur(projections, rotary, padding_BT=padding_BT)
+        cache.fill(index, k, v, state, lengths_B)
+        x_BTC = x_BTC + block.mixer.attend(projections.o, q, k, v, pattern)
+        x_BTC = x_BTC + block.ffn(x_BTC)
+    cache.lengths_B.copy_(lengths_B)
+    last_B1C = x_BTC.gather(1, (lengths_B - 1)[:, None, None].expand(-1, 1, x_BTC.shape[-1]))
+    return model.logits(model.norm(last_B1C))[:, 0]
+
+
+@torch.no_grad()
+def decode_step(model: RATPlusLM, ids_B: Tensor, cache: SparseCache) -> Tensor:
+    """Append one token to each sequence and return the logits (B, V) of the next."""
+    cos, sin = model.rotary(cache.lengths_B)
+    x_B1C = model.embed(ids_B[:, None])
+    for index, block in enumerate(model.blocks):
+        projections = block.mixer.project(x_B1C)
+        o, q, k, v = (part[:, 0] for part in projections[:4])
+        q = apply_rotary(q, cos, sin)
+        state = cache.states[index]
+        if projections.g is None or state is None:  # the attention-only baseline
+            k = apply_rotary(k, cos, sin)
+        else:
+            k, v, cache.states[index] = gate_step(k, v, projections.g[:, 0], state, cos, sin)
+        mixed_BHK = cache.attend(index, q, k, v) * torch.sigmoid(o)
+        x_B1C = x_B1C + block.mixer.out_proj(mixed_BHK.flatten(-2))[:, None]
+        x_B1C = x_B1C + block.ffn(x_B1C)
+    cache.lengths_B += 1
+    return model.logits(model.norm(x_B1C))[:, 0]
+
+
+@torch.no_grad()
+def generate(
+    model: RATPlusLM,
+    ids_BT: Tensor,
+    max_new_tokens: int,
+    patterns: Patterns,
+    *,
+    attention_mask_BT: Tensor | None = None,
+    sampling: Sampling = Sampling(),
+    stop_id: int | None = None,
+    on_token: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """New tokens (B, <= max_new_tokens), int64; rows that met ``stop_id`` are filled up with it.
+
+    ``attention_mask_BT`` (1 real, 0 padding; None: all real) may pad each row on the left or on the right. ``on_token`` sees each step's
+    (B,) tokens as they are drawn. Raises ``UserError`` for empty prompts and for padding in the middle of a prompt.
+    """
+    prompts_BT, lengths_B = align_right_padded(ids_BT, attention_mask_BT)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
+    capacity = int(lengths_B.max()) + max_new_tokens
+    cache = SparseCache(model.config, patterns, len(prompts_BT), capacity, model.embedding.weight.dtype, prompts_BT.device)
+    logits_BV = prefill(model, prompts_BT, lengths_B, patterns, cache)
+    generator = torch.Generator(device=prompts_BT.device).manual_seed(sampling.seed)
+    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+    stopped_B = torch.zeros(len(prompts_BT), dtype=torch.bool, device=prompts_BT.device)
+    tokens: list[Tensor] = []
+    while True:
+        next_B = draw(logits_BV, seen_BV, sampling, generator)
+        if stop_id is not None:
+            next_B = torch.where(stopped_B, stop_id, next_B)
+            stopped_B |= next_B == stop_id
+        tokens.append(next_B)
+        if on_token is not None:
+            on_token(next_B)
+        if len(tokens) == max_new_tokens or (stop_id is not None and bool(stopped_B.all())):
+            return torch.stack(tokens, dim=1)
+        seen_BV.scatter_(1, next_B[:, None], True)
+        logits_BV = decode_step(model, next_B, cache)
+
+
+def draw(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The next token of each row (B,), int64. Tokens in ``seen_BV`` are made less likely by the repetition penalty."""
+    if sampling.repetition_penalty != 1.0:
+        penalised = torch.where(logits_BV > 0, logits_BV / sampling.repetition_penalty, logits_BV * sampling.repetition_penalty)
+        logits_BV = torch.where(seen_BV, penalised, logits_BV)
+    if sampling.temperature == 0.0:
+        return logits_BV.argmax(dim=-1)
+    probabilities, order = (logits_BV / sampling.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    outside = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p  # the first token is always inside
+    choice = torch.multinomial(probabilities.masked_fill(outside, 0.0), 1, generator=generator)
+    return order.gather(1, choice)[:, 0]
+
+
+def align_right_padded(ids_BT: Tensor, attention_mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Move every prompt to the start of its row: (ids, lengths). Positions count real tokens, so padding never shifts them."""
+    if ids_BT.dim() != 2 or ids_BT.shape[1] == 0:
+        raise UserError(f"prompts: expected token ids of shape (batch, length >= 1), found {tuple(ids_BT.shape)}")
+    if attention_mask_BT is None:
+        return ids_BT, torch.full((len(ids_BT),), ids_BT.shape[1], dtype=torch.int64, device=ids_BT.device)
+    real_BT = attention_mask_BT.to(torch.bool)
+    lengths_B = real_BT.sum(dim=1)
+    if bool((lengths_B == 0).any()):
+        raise UserError("prompts: a row of the attention mask is all padding; every prompt needs a token")
+    starts_B = real_BT.int().argmax(dim=1)
+    steps_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+    inside_BT = (steps_T >= starts_B[:, None]) & (steps_T < (starts_B + lengths_B)[:, None])
+    if not torch.equal(inside_BT, real_BT):
+        raise UserError("prompts: the attention mask has padding between real tokens; pad on the left or on the right only")
+    return ids_BT.gather(1, (starts_B[:, None] + steps_T) % ids_BT.shape[1]), lengths_B

@@ -1,0 +1,126 @@
+"""``megarat.load``: a checkpoint as a model with a pattern, ready to score and to generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megarat.checkpoint import load as checkpoints
+from megarat.checkpoint import names
+from megarat.config import ModelConfig
+from megarat.errors import UserError
+from megarat.infer.cache import cache_bytes
+from megarat.infer.generate import Sampling, generate
+from megarat.model.lm import RATPlusLM
+from megarat.model.pattern import Patterns, PatternSpec, describe, resolve
+
+
+class LoadedModel(nn.Module):
+    """A RAT+ model with its default pattern. ``model(ids)`` gives logits, ``model.generate(ids, ...)`` new tokens."""
+
+    def __init__(self, lm: RATPlusLM, patterns: Patterns, checkpoint: Path) -> None:
+        super().__init__()
+        self.lm = lm
+        self.patterns = patterns
+        self.checkpoint = checkpoint
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
+        return self.lm.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm.embedding.weight.device
+
+    def resolve(self, pattern: PatternSpec | None) -> Patterns:
+        """This model's layers and heads under ``pattern``; None is the pattern given at load."""
+        return self.patterns if pattern is None else resolve(pattern, self.config.layers, self.config.heads)
+
+    def forward(self, ids_BT: Tensor, pattern: PatternSpec | None = None) -> Tensor:
+        """Logits (B, T, V), fp32, of token ids (B, T), int64."""
+        return self.lm(self._checked(ids_BT), self.resolve(pattern))
+
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        pattern: PatternSpec | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        sampling: Sampling = Sampling(),
+        stop_id: int | None = None,
+    ) -> Tensor:
+        """New tokens (B, <= max_new_tokens) after the prompts ``ids`` (B, T), decoded from the sparse cache.
+
+        ``attention_mask`` (B, T) marks real tokens with 1 where prompts are padded on the left or right. See ``megarat.infer.generate``.
+        """
+        return generate(
+            self.lm,
+            self._checked(ids),
+            max_new_tokens,
+            self.resolve(pattern),
+            attention_mask_BT=attention_mask,
+            sampling=sampling,
+            stop_id=stop_id,
+        )
+
+    def cache_bytes(self, length: int, pattern: PatternSpec | None = None) -> int:
+        """Bytes of cache one sequence of ``length`` tokens takes, in the dtype of the weights."""
+        return cache_bytes(self.config, self.resolve(pattern), length, self.lm.embedding.weight.dtype)
+
+    def _checked(self, ids_BT: Tensor) -> Tensor:
+        if ids_BT.dim() != 2 or ids_BT.dtype not in (torch.int64, torch.int32):
+            raise UserError(f"token ids: expected int64 of shape (batch, length), found {ids_BT.dtype} {tuple(ids_BT.shape)}")
+        if ids_BT.numel() and not 0 <= int(ids_BT.min()) <= int(ids_BT.max()) < self.config.vocab:
+            raise UserError(f"token ids: found ids from {int(ids_BT.min())} to {int(ids_BT.max())}; the model has 0 to {self.config.vocab - 1}")
+        return ids_BT.long()
+
+
+def load(
+    checkpoint: str | Path,
+    pattern: PatternSpec | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LoadedModel:
+    """Load a checkpoint for inference.
+
+    ``checkpoint`` is a checkpoint folder, or a run folder (its latest one). ``pattern`` is a string such as ``"D=16,W=32,I=4"`` or
+    ``"dense"``, or a list of them, one a layer; None takes the pattern the checkpoint was trained for. ``device`` defaults to the GPU if
+    there is one, ``dtype`` to bf16 on GPUs and fp32 on CPUs (fp32 weights are the optimizer's masters where the checkpoint has them).
+    Raises ``UserError`` when there is no whole checkpoint, or the pattern does not fit the model.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    folder = checkpoints.resolve(checkpoint)
+    state = checkpoints.load_state(folder)
+    lm = RATPlusLM(state.config.model)
+    patterns = resolve(pattern if pattern is not None else state.config.attention.pattern, state.config.model.layers, state.config.model.heads)
+    fill_model(lm, checkpoints.load_weights(folder, prefer_masters=dtype not in (torch.bfloat16, torch.float16)), str(folder))
+    lm = lm.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    return LoadedModel(lm, patterns, folder)
+
+
+@torch.no_grad()
+def fill_model(lm: RATPlusLM, weights: dict[str, Tensor], source: str) -> None:
+    """Copy logical tensors into the run-time parameters; every parameter exactly once, or a ``UserError`` naming the tensor."""
+    remaining = dict(weights)
+    for name, parameter in lm.named_parameters():
+        for piece, view in names.split(name, parameter.data).items():
+            if piece not in remaining:
+                raise UserError(f"{source}: the tensor {piece} is missing")
+            tensor = remaining.pop(piece)
+            if tensor.shape != view.shape:
+                raise UserError(f"{source}: {piece} has shape {tuple(tensor.shape)}; the model needs {tuple(view.shape)}")
+            view.copy_(tensor)
+    if remaining:
+        raise UserError(f"{source}: tensors the model has no place for: {', '.join(sorted(remaining)[:5])}")
+
+
+def describe_model(model: LoadedModel) -> str:
+    """One line for a terminal: shape and pattern."""
+    shape = model.config
+    return f"{shape.layers} layers x {shape.hidden}, {shape.heads} heads of {shape.head_dim}, pattern {describe(model.patterns)}"

@@ -1,0 +1,117 @@
+"""The RAT+ language model: embedding, N x (mixer, feed-forward), norm, tied head.
+
+The pattern is an argument of the call: the same weights run dense, dilated, windowed, per layer or per head.
+
+Shapes: B batch, T length, C width, V vocabulary, R rotary angles of a head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megarat.config import ModelConfig
+from megarat.model.layers import FeedForward, RMSNorm
+from megarat.model.mixer import RATPlusMixer
+from megarat.model.pattern import LayerPattern, Patterns, resolve
+from megarat.ops import linear_cross_entropy, rotary_tables
+
+
+class Block(nn.Module):
+    """Mixer and feed-forward, each pre-norm with its own residual."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.mixer = RATPlusMixer(config.hidden, config.heads, config.norm_eps, config.recurrence)
+        self.ffn = FeedForward(config.hidden, config.ffn_multiple, config.norm_eps)
+
+    def forward(self, x_BTC: Tensor, rotary: tuple[Tensor, Tensor], pattern: LayerPattern) -> Tensor:
+        """(B, T, C) -> (B, T, C) in the dtype of the residual stream."""
+        x_BTC = x_BTC + self.mixer(x_BTC, rotary, pattern)
+        return x_BTC + self.ffn(x_BTC)
+
+
+class RATPlusLM(nn.Module):
+    """A RAT+ language model, or its attention-only baseline (``config.recurrence = False``)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab, config.hidden, _weight=torch.empty(config.vocab, config.hidden))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.norm_eps)
+        self.dense = resolve("dense", config.layers, config.heads)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, in order."""
+        return cast("list[Block]", list(self.layers))
+
+    def forward(self, ids_BT: Tensor, patterns: Patterns | None = None, labels_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) in fp32 or wider; or, with labels, the mean cross entropy as a scalar.
+
+        ``ids_BT`` and ``labels_BT`` are int64; labels of -100 are ignored (the input token ends a document). ``patterns`` is one
+        ``LayerPattern`` a layer (``megarat.model.pattern.resolve``); None is dense.
+        """
+        hidden_BTC = self.hidden(ids_BT, patterns)
+        if labels_BT is None:
+            return self.logits(hidden_BTC)
+        loss, _ = linear_cross_entropy(hidden_BTC.flatten(0, 1), self.embedding.weight, labels_BT.flatten())
+        return loss
+
+    def hidden(self, ids_BT: Tensor, patterns: Patterns | None = None) -> Tensor:
+        """Final normed hidden states (B, T, C) in the dtype of the matrices."""
+        x_BTC = self.embed(ids_BT)
+        rotary = self.rotary(torch.arange(ids_BT.shape[1], device=ids_BT.device))
+        for block, pattern in zip(self.blocks, patterns or self.dense, strict=True):
+            x_BTC = block(x_BTC, rotary, pattern)
+        return self.norm(x_BTC)
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """The start of the residual stream, (B, T, C); fp32 unless the config says otherwise (or the weights are wider)."""
+        x_BTC = functional.embedding(ids_BT, self.embedding.weight)
+        narrow = x_BTC.dtype in (torch.bfloat16, torch.float16)
+        return x_BTC.float() if narrow and self.config.residual_dtype == "fp32" else x_BTC
+
+    def logits(self, hidden_BTC: Tensor) -> Tensor:
+        """Tied head: (B, T, C) -> (B, T, V), returned in fp32 (fp64 for an fp64 model)."""
+        logits = functional.linear(hidden_BTC, self.embedding.weight)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the given positions, (..., R); fp32, or fp64 for an fp64 model."""
+        dtype = torch.float64 if self.embedding.weight.dtype == torch.float64 else torch.float32
+        return rotary_tables(positions, self.config.head_dim, self.config.rope_base, dtype)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> RATPlusLM:
+        """Matrices ~ N(0, init_std^2) without depth scaling, norms 1.
+
+        Each logical matrix (o, q, k, v and g apart) is drawn from a generator seeded by (seed, its name), so the initial weights do not
+        depend on the mesh or on what else a process holds.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            for piece, view in logical_pieces(name, parameter):
+                generator = torch.Generator().manual_seed(_name_seed(seed, piece))
+                view.copy_(torch.randn(view.shape, generator=generator) * self.config.init_std)
+        return self
+
+
+def logical_pieces(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """The logical tensors of a run-time parameter, as views: the fused ``in_proj`` is o, q, k, v (and g); all else is itself."""
+    if not name.endswith("mixer.in_proj.weight"):
+        return [(name.replace("out_proj", "out"), tensor)]
+    width = tensor.shape[1]
+    stem = name.removesuffix("in_proj.weight")
+    return [(f"{stem}{letter}.weight", rows) for letter, rows in zip("oqkvg", tensor.split(width, dim=0), strict=False)]
+
+
+def _name_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest(), "little")

@@ -1,0 +1,83 @@
+"""The RAT+ mixer: a gated recurrence over keys and values under dense or dilated attention (arXiv 2602.18196).
+
+    o, q, k, v, g = norm(x) W_in                      one projection, rows in this order
+    gate_t = sigmoid(g_t)                             one gate a channel, shared by k and v
+    k~_t = gate_t k~_{t-1} + (1 - gate_t) k_t         likewise v~; fp32 state; over the whole sequence
+    a_t  = attention(rope(q_t), rope(k~), v~)         over the keys that the pattern leaves visible
+    y_t  = (a_t * sigmoid(o_t)) W_out
+
+Without the recurrence (``recurrence=False``) k~ = k and v~ = v: the attention-only baseline, which keeps its output gate.
+
+Shapes: B batch, T length, C width, H heads, K channels of a head (C = H K), R = K / 2 rotary angles.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+from torch import Tensor, nn
+
+from megarat.model.layers import Linear, RMSNorm
+from megarat.model.pattern import LayerPattern
+from megarat.ops import ScanState, apply_rotary, dilated_attention, gated_scan
+
+
+class Projections(NamedTuple):
+    """The five heads-split projections of a token, each (B, T, H, K); g is None without the recurrence."""
+
+    o: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+
+
+class RATPlusMixer(nn.Module):
+    """Token mixing of one block; (B, T, C) -> (B, T, C), the residual is added by the caller."""
+
+    def __init__(self, width: int, heads: int, eps: float, recurrence: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.head_dim = width // heads
+        self.recurrence = recurrence
+        self.norm = RMSNorm(width, eps)
+        self.in_proj = Linear(width, (5 if recurrence else 4) * width)
+        self.out_proj = Linear(width, width)
+
+    def forward(self, x_BTC: Tensor, rotary: tuple[Tensor, Tensor], pattern: LayerPattern) -> Tensor:
+        """Mix a whole sequence from its start; ``rotary`` holds cos and sin of positions 0..T-1, each (T, R)."""
+        projections = self.project(x_BTC)
+        q, k, v, _ = self.recur(projections, rotary)
+        return self.attend(projections.o, q, k, v, pattern)
+
+    def project(self, x_BTC: Tensor) -> Projections:
+        """Norm and the fused input projection, split into strided views of (B, T, H, K)."""
+        fused = self.in_proj(self.norm(x_BTC))
+        pieces = fused.unflatten(-1, (-1, self.heads, self.head_dim)).unbind(-3)
+        return Projections(*pieces) if self.recurrence else Projections(*pieces, None)
+
+    def recur(
+        self,
+        projections: Projections,
+        rotary: tuple[Tensor, Tensor],
+        state: ScanState | None = None,
+        padding_BT: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, ScanState | None]:
+        """Rotated queries, recurred and rotated keys, recurred values, and the state after the last token (None without recurrence).
+
+        Tokens marked in ``padding_BT`` (bool) leave the state untouched: their gate is held at exactly 1.
+        """
+        _, q, k, v, g = projections
+        q = apply_rotary(q, *rotary)
+        if g is None:
+            return q, apply_rotary(k, *rotary), v, None
+        if padding_BT is not None:
+            g = g.masked_fill(padding_BT[:, :, None, None], float("inf"))
+        k, v, state = gated_scan(k, v, g, *rotary, initial_state=state)
+        return q, k, v, state
+
+    def attend(self, o_BTHK: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, pattern: LayerPattern) -> Tensor:
+        """Attention over the visible keys, output gate and output projection: (B, T, C)."""
+        patterns = pattern[0].pattern if len(pattern) == 1 else pattern.per_head
+        mixed = cast(Tensor, dilated_attention(q_BTHK, k_BTHK, v_BTHK, patterns, output_gate_BTHK=o_BTHK))
+        return self.out_proj(mixed.flatten(-2))
