@@ -1,0 +1,181 @@
+"""Batches of a corpus: which samples a rank computes in pair n, and reading them ahead of the step.
+
+Shapes: b sequences of a micro-batch, T tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megarat.data.format import TokenArray
+from megarat.data.plan import Plan, SequentialPlan
+from megarat.data.reader import TokenReader
+from megarat.errors import UserError
+
+IGNORED_LABEL = -100
+
+MicroBatch = tuple[Tensor, Tensor]  # inputs (b, T) int64, labels (b, T) int64 with -100 where the input token is EOS
+
+
+class PairBatch(NamedTuple):
+    """One rank's share of the global batch that both updates of a pair use.
+
+    Attributes:
+        micro_batches: in the order of gradient accumulation.
+        digest: sum modulo 2**64 of a hash of (position, tokens) of each of this rank's samples. The sum over the data ranks does
+            not depend on how many there are.
+        tokens: input tokens of the global batch, all ranks together.
+    """
+
+    micro_batches: list[MicroBatch]
+    digest: int
+    tokens: int
+
+
+class Loader:
+    """Pair n -> this rank's share of it, a pure function of n.
+
+    Pair n holds the positions n*G … n*G + G - 1 of the plan, G = `global_batch` sequences. Accumulation step a of data rank r takes
+    the `micro_batch` positions from n*G + (a * data_size + r) * micro_batch on: the ranks of one step lie side by side.
+
+    Raises:
+        UserError: `global_batch` is not a multiple of micro_batch * data_size.
+    """
+
+    def __init__(
+        self,
+        reader: TokenReader,
+        plan: Plan,
+        *,
+        sequence_length: int,
+        global_batch: int,
+        micro_batch: int,
+        data_rank: int = 0,
+        data_size: int = 1,
+    ):
+        if plan.sequence_length != sequence_length:
+            raise ValueError(f"plan of sequences of {plan.sequence_length} tokens in a loader of {sequence_length}")
+        if not 0 <= data_rank < data_size:
+            raise ValueError(f"data rank {data_rank} of {data_size}")
+        if micro_batch < 1 or global_batch < 1 or global_batch % (micro_batch * data_size):
+            raise UserError(
+                f"train.global_batch is {global_batch}, expected a multiple of train.micro_batch x data-parallel ranks ="
+                f" {micro_batch} x {data_size} = {micro_batch * data_size}"
+            )
+        self._reader, self._plan = reader, plan
+        self._sequence_length, self._global_batch, self._micro_batch = sequence_length, global_batch, micro_batch
+        steps = np.arange(global_batch // (micro_batch * data_size))
+        self._own = ((steps[:, None] * data_size + data_rank) * micro_batch + np.arange(micro_batch)).ravel()  # (steps * b,)
+
+    def pair(self, n: int) -> PairBatch:
+        """This rank's micro-batches of pair n."""
+        positions = n * self._global_batch + self._own
+        samples = read_samples(self._reader, self._plan, positions)
+        micro_batches = [
+            to_micro_batch(samples[i : i + self._micro_batch], self._reader.index.eos_id)
+            for i in range(0, len(samples), self._micro_batch)
+        ]
+        digest = sum(sample_digest(p, s) for p, s in zip(positions.tolist(), samples, strict=True)) % (1 << 64)
+        return PairBatch(micro_batches, digest, self._global_batch * self._sequence_length)
+
+    def iterate(self, first_pair: int, prefetch: int = 2) -> Iterator[PairBatch]:
+        """Pairs first_pair, first_pair + 1, … without end, read by a thread up to `prefetch` pairs ahead.
+
+        An error of the reader is raised here. The thread ends when the iterator is closed or collected.
+        """
+        ready: queue.Queue[PairBatch | BaseException] = queue.Queue(maxsize=max(1, prefetch))
+        stop = threading.Event()
+        thread = threading.Thread(target=self._produce, args=(first_pair, ready, stop), name="megarat-loader", daemon=True)
+        thread.start()
+        try:
+            while True:
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+    def _produce(self, n: int, ready: queue.Queue[PairBatch | BaseException], stop: threading.Event) -> None:
+        item: PairBatch | BaseException
+        while not stop.is_set():
+            try:
+                item = self.pair(n)
+            except BaseException as error:  # handed to the consumer, which raises it
+                item = error
+            _put(ready, item, stop)
+            if isinstance(item, BaseException):
+                return
+            n += 1
+
+
+def _put(ready: queue.Queue[PairBatch | BaseException], item: PairBatch | BaseException, stop: threading.Event) -> None:
+    while not stop.is_set():
+        try:
+            return ready.put(item, timeout=0.1)  # wakes up to see `stop`: the consumer may have left a full queue
+        except queue.Full:
+            continue
+    return None
+
+
+def evaluation_batches(
+    reader: TokenReader, sequence_length: int, micro_batch: int, limit_tokens: int | None = None
+) -> Iterator[MicroBatch]:
+    """The stream in order, in sequences of T tokens that do not overlap; the last micro-batch may be smaller.
+
+    Args:
+        reader: the held-out corpus.
+        sequence_length: T.
+        micro_batch: sequences at a time.
+        limit_tokens: stop before more than this many input tokens, though not before the first sequence; None = the whole corpus
+            but its tail shorter than T + 1 tokens.
+
+    Raises:
+        UserError: the corpus is shorter than one sequence.
+    """
+    plan = SequentialPlan(reader.num_tokens, sequence_length)
+    samples = plan.samples_per_epoch
+    if limit_tokens is not None:
+        samples = min(samples, max(1, limit_tokens // sequence_length))
+    for first in range(0, samples, micro_batch):
+        positions = np.arange(first, min(first + micro_batch, samples))
+        yield to_micro_batch(read_samples(reader, plan, positions), reader.index.eos_id)
+
+
+def read_samples(reader: TokenReader, plan: Plan, positions: np.ndarray) -> TokenArray:
+    """T + 1 tokens of each position, (n, T + 1) in the dtype of the shards."""
+    starts = plan.starts(positions)
+    samples = np.empty((len(starts), plan.sequence_length + 1), reader.index.dtype)
+    for row, start in zip(samples, starts.tolist(), strict=True):
+        row[:] = reader.read(start, len(row))
+    return samples
+
+
+def to_micro_batch(samples: TokenArray, eos_id: int) -> MicroBatch:
+    """(b, T + 1) tokens -> inputs and labels: y_t = x_{t+1}, ignored where x_t is EOS, since what follows is another document."""
+    tokens = torch.from_numpy(samples.astype(np.int64))
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].clone()
+    return inputs, labels.masked_fill_(inputs == eos_id, IGNORED_LABEL)
+
+
+def sample_digest(position: int, tokens: TokenArray) -> int:
+    """64-bit hash of one sample: its global position (8 bytes) and its T + 1 tokens (4 bytes each), little-endian."""
+    hashed = hashlib.blake2b(position.to_bytes(8, "little"), digest_size=8)
+    hashed.update(tokens.astype("<u4").tobytes())
+    return int.from_bytes(hashed.digest(), "little")
+
+
+def chain(previous_hex: str, digest: int) -> str:
+    """Hash of the stream so far: the previous one ("" at the start) and the global digest of the next pair, 16 digits."""
+    hashed = hashlib.blake2b(bytes.fromhex(previous_hex), digest_size=8)
+    hashed.update(digest.to_bytes(8, "little"))
+    return hashed.hexdigest()
