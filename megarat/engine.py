@@ -1,0 +1,319 @@
+"""The only door to DeepSpeed: builds its configuration, wraps a model, makes one optimizer update, moves ZeRO state in and out.
+
+What DeepSpeed does here: mixed precision with fp32 masters, ZeRO 1/2/3, gradient accumulation and reduction, clipping, the step of
+AdamW. What it does not: schedule, data, checkpoints, logs, guards.
+
+    engine = Engine(model, config, mesh)
+    update = engine.update(micro_batches, patterns, lr)      # forward and backward of every micro-batch, clip, AdamW
+
+Facts about DeepSpeed 0.19 that shaped this file:
+- ZeRO 1 with bf16 and fp32 accumulation is its ``BF16_Optimizer``; the other cases are ``DeepSpeedZeroOptimizer`` (1, 2) and
+  ``DeepSpeedZeroOptimizer_Stage3``. Each keeps its gradients elsewhere, hence ``_gradient_norm`` and ``_drop_gradients``.
+- Older versions assert on a non-finite norm, newer ones skip silently: the norm is looked at here, before ``step`` is called.
+- On CPU ``init_distributed`` compiles a C++ extension that training never uses (needs ninja and a compiler): switched off.
+- Adam's moments exist only after a first step, and ZeRO links them to the parameters then: ``load_named_state`` makes both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import math
+import os
+import resource
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megarat.checkpoint import names
+from megarat.config import Config, OptimConfig
+from megarat.mesh import Mesh
+from megarat.model.pattern import Patterns
+
+MicroBatch = tuple[Tensor, Tensor]  # inputs and labels, (b, T) int64; label -100 is ignored
+NamedState = dict[str, dict[str, Tensor]]  # kind -> logical name -> fp32 tensor
+
+MASTER, FIRST_MOMENT, SECOND_MOMENT = STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Update(NamedTuple):
+    """What one optimizer update reports."""
+
+    loss: float  # mean over micro-batches and ranks
+    grad_norm: float  # global L2 norm before clipping
+    finite: bool  # False: loss or norm was not finite, and no weight was touched
+
+
+class Engine:
+    """A model under training."""
+
+    def __init__(self, model: nn.Module, config: Config, mesh: Mesh) -> None:
+        """Wrap ``model``, whose fp32 parameters become the masters. The model is cast and moved in place."""
+        self.mesh = mesh
+        self.zero = config.parallel.zero
+        self.precision = resolve_precision(config.train.precision, mesh.device)
+        self.micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.world_size)
+        deepspeed = _import_deepspeed(mesh.device)
+        deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)
+        initial = {name: parameter.data for name, parameter in model.named_parameters()}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
+        optimizer = _adamw(_parameter_groups(model, config.optim), config.optim, mesh.device)
+        settings = _deepspeed_config(config, self.precision, self.micro_batches)
+        with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory use
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self._adamw = optimizer
+        if self.precision == "bf16":  # masters start from the fp32 initialisation, not from its bf16 rounding
+            self._set_full(MASTER, initial)
+            self._refresh_weights()
+
+    @property
+    def model(self) -> nn.Module:
+        """The wrapped model."""
+        return self._engine.module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the model's weights."""
+        return _DTYPES[self.precision]
+
+    # ---- one update -------------------------------------------------------------------------------------------------------
+
+    def update(self, micro_batches: Sequence[MicroBatch], patterns: Patterns, lr: float) -> Update:
+        """One optimizer update: accumulate gradients over ``micro_batches``, clip, AdamW with learning rate ``lr``.
+
+        The loss is the plain mean over micro-batches and ranks. A non-finite loss or gradient norm drops the gradients instead.
+        """
+        if len(micro_batches) != self.micro_batches:
+            raise ValueError(f"{len(micro_batches)} micro-batches given; the engine was built for {self.micro_batches}")
+        loss = self._accumulate(micro_batches, patterns)
+        loss_value, norm = torch.stack([loss, self._gradient_norm()]).tolist()  # the update's one wait for the device
+        finite = math.isfinite(loss_value) and math.isfinite(norm)
+        if finite:
+            for group in self._adamw.param_groups:
+                group["lr"] = lr
+            self._engine.step()
+        else:
+            self._drop_gradients()
+        return Update(loss_value, norm, finite)
+
+    def _accumulate(self, micro_batches: Sequence[MicroBatch], patterns: Patterns) -> Tensor:
+        total = torch.zeros((), device=self.mesh.device)
+        for index, (ids_BT, labels_BT) in enumerate(micro_batches):
+            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            loss = self._engine(ids_BT.to(self.mesh.device), patterns=patterns, labels_BT=labels_BT.to(self.mesh.device))
+            self._engine.backward(loss)  # divides by the number of micro-batches
+            total += loss.detach().float()
+        torch.distributed.all_reduce(total)
+        return total / (len(micro_batches) * self.mesh.world_size)
+
+    def _gradient_norm(self) -> Tensor:
+        """Global L2 norm of the accumulated gradients on every rank; inf when an element is not finite."""
+        from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
+
+        if self.zero == 3:
+            norm = combine_grad_norm_groups(self._optimizer._get_norm_groups())
+        elif self._has_bf16_optimizer:
+            gradients, _ = self._optimizer.get_grads_for_norm()
+            norm = get_global_norm_of_tensors(gradients)
+        else:
+            norm = self._optimizer.scaled_global_norm()
+        norm = norm.to(self.mesh.device, torch.float32)
+        return torch.where(norm >= 0, norm, math.inf)  # DeepSpeed writes -1 for a norm that is not finite
+
+    def _drop_gradients(self) -> None:
+        """Forget the accumulated gradients, as ``step`` would have after using them."""
+        optimizer = self._optimizer
+        optimizer.zero_grad()
+        if self.zero == 3:
+            optimizer.averaged_gradients = {}
+        elif not self._has_bf16_optimizer:
+            optimizer._release_preflattened_grad_buffers()
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
+                optimizer.all_grad_tensors[group] = None
+            optimizer.micro_step_id = -1
+
+    @property
+    def _has_bf16_optimizer(self) -> bool:
+        return self.zero == 1 and self.precision == "bf16"
+
+    # ---- state in and out -------------------------------------------------------------------------------------------------
+
+    def named_state(self) -> tuple[NamedState, int]:
+        """fp32 masters and both Adam moments by logical name, on the host, and the number of AdamW steps taken.
+
+        ``{"master": {...}, "exp_avg": {...}, "exp_avg_sq": {...}}``; the moments are zero before the first step.
+        """
+        self._ensure_moments()
+        state: NamedState = {kind: {} for kind in STATE_KINDS}
+        for name, parameter in self.model.named_parameters():
+            for kind in STATE_KINDS:
+                state[kind].update(names.split(name, self._get_full(kind, parameter).reshape(self._shapes[name]).cpu()))
+        return state, self._step_count()
+
+    def load_named_state(self, state: NamedState, steps: int) -> None:
+        """The reverse of ``named_state``: the next update equals the one of the engine that gave the state, bit for bit on a CPU."""
+        self._ensure_moments()
+        for kind in STATE_KINDS:
+            self._set_full(kind, self._runtime_tensors(state[kind]))
+        self._set_step_count(steps)
+        self._refresh_weights()
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Set masters and model from tensors by logical name, of any float dtype; the optimizer stays fresh."""
+        self._set_full(MASTER, self._runtime_tensors(weights))
+        self._refresh_weights()
+
+    def logical_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Logical tensors of the model and their shapes."""
+        shapes = {}
+        for name, shape in self._shapes.items():
+            pieces = names.logical_names(name, shape)
+            shapes.update(dict.fromkeys(pieces, (shape[0] // len(pieces), *shape[1:])))
+        return shapes
+
+    def _runtime_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: names.join(name, shape, tensors) for name, shape in self._shapes.items()}
+
+    def _get_full(self, kind: str, parameter: nn.Parameter) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        full: Tensor = safe_get_full_fp32_param(parameter) if kind == MASTER else safe_get_full_optimizer_state(parameter, kind)
+        return full
+
+    def _set_full(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for name, parameter in self.model.named_parameters():
+            value = tensors[name].to(self.mesh.device, torch.float32)
+            if kind == MASTER:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, kind)
+
+    @torch.no_grad()
+    def _refresh_weights(self) -> None:
+        """Copy the masters into the model's weights, as the end of a step does."""
+        optimizer = self._optimizer
+        if self.zero < 3:
+            optimizer.update_lp_params()
+            return
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def _flat_masters(self) -> list[Tensor]:
+        """The flat fp32 tensors AdamW steps on."""
+        if self.zero == 3:
+            return list(self._optimizer.fp32_partitioned_groups_flat)
+        if self._has_bf16_optimizer:
+            return list(self._optimizer.fp32_groups_flat_partition)
+        return list(self._optimizer.single_partition_of_fp32_groups)
+
+    def _ensure_moments(self) -> None:
+        """Create AdamW's zero moments, which it would create in its first step, and let ZeRO link them to the parameters."""
+        fused = self._adamw.defaults.get("fused", False)
+        for master in self._flat_masters():
+            state = self._adamw.state[master]
+            if FIRST_MOMENT not in state:
+                state[FIRST_MOMENT], state[SECOND_MOMENT] = torch.zeros_like(master), torch.zeros_like(master)
+                if not _keeps_step_in_groups(self._adamw):
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=master.device if fused else "cpu")
+        if self.zero < 3:
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _step_count(self) -> int:
+        if _keeps_step_in_groups(self._adamw):
+            return int(self._adamw.param_groups[0].get("step", 0))
+        return int(self._adamw.state[self._flat_masters()[0]]["step"].item())
+
+    def _set_step_count(self, steps: int) -> None:
+        if _keeps_step_in_groups(self._adamw):
+            for group in self._adamw.param_groups:
+                group["step"] = steps
+            return
+        for master in self._flat_masters():
+            self._adamw.state[master]["step"].fill_(steps)
+
+    def memory_gb(self) -> float:
+        """Peak memory of this rank so far in 10^9 bytes: the allocator's on a GPU, resident memory on a CPU."""
+        if self.mesh.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.mesh.device) / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts KiB
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``bf16`` or ``fp32``; ``auto`` is bf16 on GPUs and on CPUs with bf16 matrix units."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed, quiet, and without its run-time C++ build for CPU inference."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed import ops
+    from deepspeed.utils import logger
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)  # DeepSpeed's own calls
+    return deepspeed
+
+
+def _deepspeed_config(config: Config, precision: str, micro_batches: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": config.optim.clip,
+        "zero_optimization": {"stage": config.parallel.zero},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": None,
+    }
+
+
+def _parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: what ``optim.no_decay`` names gets no weight decay."""
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        is_norm, is_embedding = parameter.dim() == 1, name.startswith("embedding.")
+        without = optim.no_decay != "nothing" and (is_norm or (is_embedding and optim.no_decay == "norms_and_embedding"))
+        (exempt if without else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": optim.weight_decay}]
+    return groups + ([{"params": exempt, "weight_decay": 0.0}] if exempt else [])
+
+
+def _adamw(groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW: torch's (fused on a GPU), or apex's FusedAdam where NVIDIA's apex is installed."""
+    settings: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    if device.type == "cuda" and (fused_adam := _apex_fused_adam()):
+        return fused_adam(groups, adam_w_mode=True, **settings)  # type: ignore[no-any-return]
+    return torch.optim.AdamW(groups, fused=device.type == "cuda", **settings)
+
+
+def _apex_fused_adam() -> Any:
+    """NVIDIA's FusedAdam, or None. PyPI's package of the name apex is another project and has no ``optimizers``."""
+    try:
+        importlib.import_module("amp_C")  # NVIDIA's CUDA extension, without which FusedAdam cannot step
+        return importlib.import_module("apex.optimizers").FusedAdam
+    except (ImportError, AttributeError):
+        return None
+
+
+def _keeps_step_in_groups(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step count is kept per parameter group (apex) instead of per tensor (torch)."""
+    return not isinstance(optimizer, torch.optim.AdamW)

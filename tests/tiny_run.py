@@ -1,0 +1,44 @@
+"""A model, batches and a run small enough that a test of training takes milliseconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megarat.config import Config, from_dict
+from megarat.model.lm import RATPlusLM
+
+LAYERS, HIDDEN, HEADS, VOCAB, LENGTH = 2, 16, 2, 64, 16
+
+
+def config(**changes: Any) -> Config:
+    """The tiny run; ``changes`` are sections, such as ``train={"pairs": 3}``, laid over it."""
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"dir": "unused", "device": "cpu"},
+        "model": {"layers": LAYERS, "hidden": HIDDEN, "heads": HEADS, "vocab": VOCAB},
+        "attention": {"train_dilation": 4},
+        "data": {"shards": "unused", "sequence_length": LENGTH},
+        "train": {"pairs": 10, "global_batch": 4, "micro_batch": 2, "seed": 7, "precision": "fp32"},
+        "optim": {"lr": 1e-2, "clip": 0.5},
+        "log": {"progress": False, "tensorboard": False},
+    }
+    for section, values in changes.items():
+        tree.setdefault(section, {}).update(values)
+    return from_dict(tree)
+
+
+def model(settings: Config, seed: int = 0) -> RATPlusLM:
+    return RATPlusLM(settings.model).initialise(seed)
+
+
+def micro_batches(count: int, seed: int = 0, rows: int = 2) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """``count`` micro-batches of random tokens, with one label in each row left out as after an EOS."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        tokens = torch.randint(0, VOCAB, (rows, LENGTH + 1), generator=generator)
+        labels = tokens[:, 1:].clone()
+        labels[:, 5] = -100
+        batches.append((tokens[:, :-1].contiguous(), labels))
+    return batches
