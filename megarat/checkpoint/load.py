@@ -1,0 +1,273 @@
+"""Find, prove and read checkpoints.
+
+Every file that is read is first compared with the manifest, size and hash: a truncated or flipped checkpoint is refused by name, never
+half loaded. Weights alone touch only ``weights/`` (or the masters), on any device and without DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from megarat.checkpoint import names
+from megarat.checkpoint.manifest import (
+    LATEST,
+    MANIFEST,
+    MASTERS,
+    OPTIMIZER,
+    STATE,
+    TOKENIZER,
+    WEIGHTS,
+    CheckpointState,
+    find_damage,
+    fingerprint,
+    folder_name,
+    pair_of,
+    read_manifest,
+)
+from megarat.config import ModelConfig
+from megarat.errors import UserError
+
+CHECKPOINTS = "checkpoints"
+
+# ---- where -----------------------------------------------------------------------------------------------------------------
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint folder meant by a run folder, its ``checkpoints``, ``…/latest`` or a checkpoint folder itself.
+
+    Raises ``UserError`` that says what was found instead.
+    """
+    path = Path(path)
+    if path.name == LATEST and not path.is_dir():
+        path = path.parent
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: no such folder; expected a run folder or a checkpoint such as RUN/checkpoints/{folder_name(500)}"
+        )
+    if (path / MANIFEST).exists() or (path / STATE).exists() or (path / WEIGHTS).exists():
+        return path
+    checkpoints = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    newest = _newest(checkpoints)
+    if newest is None:
+        raise UserError(
+            f"{path}: holds no checkpoint; expected a run folder with {CHECKPOINTS}/{folder_name(500)} or such, or a checkpoint folder "
+            f"with {MANIFEST}"
+        )
+    return newest
+
+
+def find_latest(run_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a run, or None when it has none yet. Raises ``UserError`` when one that should be there is gone."""
+    checkpoints = Path(run_dir) / CHECKPOINTS
+    return _newest(checkpoints) if checkpoints.is_dir() else None
+
+
+def _newest(checkpoints: Path) -> Path | None:
+    """By pair number: a crash may fall between a checkpoint's rename and the update of ``latest``, which then lags by one."""
+    found = {folder.name: folder for folder in checkpoints.iterdir() if folder.is_dir() and pair_of(folder) is not None}
+    pointer = checkpoints / LATEST
+    if pointer.is_file():
+        named = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if named not in found:
+            raise UserError(
+                f"{pointer} names {named!r}, which is not there (found: {', '.join(sorted(found)) or 'no checkpoint'}); restore it, or "
+                f"write the name of an older checkpoint into {pointer}, or delete {pointer} and the checkpoints to start again"
+            )
+    return max(found.values(), key=lambda folder: pair_of(folder) or 0, default=None)
+
+
+def tokenizer_folder(checkpoint: Path) -> Path | None:
+    """The tokenizer stored with a checkpoint, if there is one."""
+    folder = checkpoint / TOKENIZER
+    return folder if folder.is_dir() else None
+
+
+# ---- what ------------------------------------------------------------------------------------------------------------------
+
+
+def load_state(path: str | Path) -> CheckpointState:
+    """Where the run stood and how it was configured, proved against the manifest."""
+    folder = resolve(path)
+    _prove(folder, STATE)
+    return CheckpointState.read(folder)
+
+
+def load_weights(path: str | Path, prefer_masters: bool = True) -> dict[str, Tensor]:
+    """All weights by logical name, on the host.
+
+    The fp32 masters where the checkpoint has them (they are more precise than bf16 weights), else, or with ``prefer_masters=False``, the
+    weights in the dtype they were trained in. Only those bytes are read.
+    """
+    folder = resolve(path)
+    return _read_tensors(folder, MASTERS if prefer_masters and _holds(folder, MASTERS) else WEIGHTS)
+
+
+def load_optimizer(path: str | Path) -> dict[str, dict[str, Tensor]]:
+    """fp32 masters and Adam's moments, ``{"master": {...}, "exp_avg": {...}, "exp_avg_sq": {...}}`` by logical name, on the host.
+
+    Raises ``UserError`` for a checkpoint without an optimizer (an imported one).
+    """
+    folder = resolve(path)
+    if not _holds(folder, OPTIMIZER):
+        raise UserError(
+            f"{folder}: holds weights only, no optimizer to resume from; start a run from it with megarat adapt --from"
+        )
+    state: dict[str, dict[str, Tensor]] = {"master": load_weights(folder)}
+    for key, tensor in _read_tensors(folder, OPTIMIZER).items():
+        kind, _, name = key.partition(".")
+        state.setdefault(kind, {})[name] = tensor
+    return state
+
+
+def check_model(folder: Path, saved: ModelConfig, wanted: ModelConfig) -> None:
+    """Refuse weights of another shape than the config's, naming the first tensor and both shapes."""
+    found, expected = names.logical_shapes(saved), names.logical_shapes(wanted)
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise UserError(
+                f"{folder}: {name} has shape {_shape(found.get(name))}, but the config's model needs {_shape(expected.get(name))} "
+                f"(checkpoint: {_model(saved)}; config: {_model(wanted)})"
+            )
+    if saved.heads != wanted.heads:
+        raise UserError(f"{folder}: was trained with model.heads = {saved.heads}, but the config has {wanted.heads}")
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "none (no such tensor)" if shape is None else str(shape)
+
+
+def _model(model: ModelConfig) -> str:
+    recurrence = "" if model.recurrence else ", no recurrence"
+    return f"{model.layers} layers x {model.hidden}, {model.heads} heads, vocabulary {model.vocab}{recurrence}"
+
+
+# ---- proof -----------------------------------------------------------------------------------------------------------------
+
+
+def verify(path: str | Path) -> str:
+    """Compare size and hash of every file with the manifest. Returns one line of praise, or raises ``UserError`` listing all damage."""
+    folder = resolve(path)
+    manifest = read_manifest(folder)
+    damage = find_damage(folder, manifest, sorted(manifest))
+    present = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    damage += [f"{name} is not in the manifest" for name in sorted(present - set(manifest) - {MANIFEST})]
+    if damage:
+        raise UserError(f"{folder}: damaged checkpoint\n  " + "\n  ".join(damage))
+    size = sum(entry.bytes for entry in manifest.values())
+    return f"{folder}: good; {len(manifest)} files, {size} bytes, content {fingerprint(manifest)[:16]}"
+
+
+def identity(folder: Path) -> str:
+    """Hash that names the content of a checkpoint, for the provenance of what grows from it."""
+    return fingerprint(read_manifest(folder))
+
+
+def show(path: str | Path) -> str:
+    """A checkpoint in words: where it stands, what it holds, where it came from."""
+    folder = resolve(path)
+    manifest, state = read_manifest(folder), load_state(folder)
+    model, parent = state.config.model, state.parent
+    shapes = _shapes(folder / WEIGHTS)
+    lines = [
+        f"checkpoint   {folder}",
+        f"kind         {state.kind}, saved {state.saved_at}, megarat {state.versions.get('megarat')}",
+        f"pair         {state.pair} of {state.config.train.pairs} ({state.optimizer_steps} optimizer steps, {len(state.skipped)} pairs skipped)",
+        f"tokens       {state.tokens}",
+        f"pattern      {state.pattern}",
+        f"model        {_model(model)}, {sum(torch.Size(shape).numel() for shape, _ in shapes.values())} parameters",
+        f"precision    {state.precision}" + ("" if _holds(folder, OPTIMIZER) else "; weights only"),
+        f"mesh         {', '.join(f'{key} {value}' for key, value in state.mesh.items()) or 'none'}",
+        f"parent       {', '.join(f'{key} {value}' for key, value in parent.items()) if parent else 'none'}",
+        f"files        {len(manifest)}, {sum(entry.bytes for entry in manifest.values())} bytes",
+        "tensors",
+    ]
+    width = max(map(len, shapes))
+    lines += [f"  {name:{width}}  {'x'.join(map(str, shape)):>12}  {dtype}" for name, (shape, dtype) in shapes.items()]
+    return "\n".join(lines)
+
+
+def _holds(folder: Path, part: str) -> bool:
+    """Whether the manifest promises this part (a part lost from the folder is damage, not absence)."""
+    return any(name.startswith(part + "/") for name in read_manifest(folder))
+
+
+def _prove(folder: Path, part: str) -> None:
+    """Check the files of one part (a file or a subfolder) against the manifest."""
+    manifest = read_manifest(folder)
+    files = [name for name in manifest if name == part or name.startswith(part + "/")]
+    damage = find_damage(folder, manifest, files) if files else [f"{part} is not in {MANIFEST}"]
+    if damage:
+        raise UserError(
+            f"{folder}: damaged checkpoint: {'; '.join(damage)}. Restore it from a copy, or move it away to use an older checkpoint"
+        )
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------------
+
+
+def _read_tensors(folder: Path, part: str) -> dict[str, Tensor]:
+    """All tensors of one part of a checkpoint, after its files are proved."""
+    _prove(folder, part)
+    reader = _Reader(folder / part)
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def _shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    entries: Mapping[str, Any] = _Reader(folder).read_metadata().state_dict_metadata
+    return {name: (tuple(entry.size), str(entry.properties.dtype).removeprefix("torch.")) for name, entry in entries.items()}
+
+
+class _Reader(FileSystemReader):
+    """torch's reader, except that its pickled ``.metadata`` may name nothing but the plain classes a checkpoint consists of.
+
+    A checkpoint from elsewhere must not be able to run code; the tensors themselves are read with ``weights_only`` by torch.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Names, shapes and places of all tensors of the folder."""
+        path = Path(self.path) / ".metadata"
+        try:
+            with path.open("rb") as file:
+                metadata: Metadata = _MetadataUnpickler(file).load()
+        except (OSError, pickle.UnpicklingError, EOFError) as error:
+            raise UserError(f"{path}: cannot read: {error}") from None
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    _METADATA_CLASSES = frozenset(
+        "Metadata MetadataIndex StorageMeta TensorStorageMetadata ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING".split()
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Called by the pickle machinery for each class the stream names."""
+        allowed = (
+            (module == "torch.distributed.checkpoint.metadata" and name in self._METADATA_CLASSES)
+            or (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+            or (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout"))
+            or (module in ("pathlib", "pathlib._local") and name == "PosixPath")
+            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+        )
+        if not allowed:
+            raise pickle.UnpicklingError(f"names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)

@@ -1,0 +1,201 @@
+"""Write a checkpoint: stage, sync, manifest, rename, ``latest``.
+
+A crash at any point leaves either the previous checkpoints alone or the new one whole: everything is built in a hidden sibling folder
+and becomes a checkpoint by one rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+import megarat
+from megarat.checkpoint.manifest import (
+    DISCARDED_PREFIX,
+    LATEST,
+    MASTERS,
+    OPTIMIZER,
+    STAGING_PREFIX,
+    STATE,
+    TOKENIZER,
+    WEIGHTS,
+    CheckpointState,
+    folder_name,
+    pair_of,
+    replace_synced,
+    sync,
+    write_manifest,
+    write_synced,
+)
+from megarat.config import Config, ModelConfig
+from megarat.errors import UserError
+
+_FILE_BYTES = 1 << 30  # about this much per file, so that several threads can write and check a large checkpoint
+_MAX_FILES = 8
+
+
+@dataclass
+class Snapshot:
+    """What one checkpoint holds."""
+
+    state: CheckpointState
+    weights: Mapping[str, Tensor]  # by logical name, in the model's dtype
+    masters: Mapping[str, Tensor] = field(default_factory=dict)  # fp32; empty when the weights are
+    moments: Mapping[str, Mapping[str, Tensor]] = field(
+        default_factory=dict
+    )  # kind -> logical name -> fp32; empty for weights only
+    tokenizer: Path | None = None  # file or folder to copy
+
+
+def save(checkpoints: Path, snapshot: Snapshot) -> Path:
+    """Write ``checkpoints/pair_…``, point ``latest`` at it, and return the folder.
+
+    Raises ``UserError`` when the disk refuses (full, quota, permissions); earlier checkpoints and ``latest`` are then untouched.
+    """
+    target = checkpoints / folder_name(snapshot.state.pair)
+    with _commit(target) as staging:
+        _write(staging, snapshot)
+    with _disk_errors(checkpoints / LATEST):
+        replace_synced(checkpoints / LATEST, target.name + "\n")
+    return target
+
+
+def save_imported(
+    out: Path,
+    model: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    source: Path,
+    told: Mapping[str, Any],
+    tokenizer: Path | None = None,
+) -> Path:
+    """Write foreign fp32 weights as the checkpoint folder ``out``, which must not exist; ``told`` is what the source says of itself."""
+    if out.exists():
+        raise UserError(f"{out} exists; name a new folder for the imported checkpoint")
+    config = Config(model=model)
+    config.run.dir, config.data.shards = str(out), "(imported weights: name the data)"
+    parent = {"kind": "import", "path": str(source.resolve()), **told}
+    state = CheckpointState("import", int(told.get("step") or 0), 0, config, "dense", "fp32", parent=parent)
+    with _commit(out) as staging:
+        _write(staging, Snapshot(state, {name: tensor.float() for name, tensor in weights.items()}, tokenizer=tokenizer))
+    return out
+
+
+def prune(checkpoints: Path, keep: int, keep_every: int) -> list[Path]:
+    """Remove all but the newest ``keep`` checkpoints and those whose pair is a multiple of ``keep_every`` (0: none); returns the removed."""
+    found = sorted((folder for folder in checkpoints.iterdir() if pair_of(folder) is not None), key=lambda f: pair_of(f) or 0)
+    removed = [folder for folder in found[:-keep] if not (keep_every and (pair_of(folder) or 0) % keep_every == 0)]
+    for folder in removed:
+        _discard(folder)
+    return removed
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Delete what interrupted saves and removals left behind. The caller holds the run's lock."""
+    for prefix in (STAGING_PREFIX, DISCARDED_PREFIX):
+        for folder in checkpoints.glob(f"{prefix}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(folder: Path, snapshot: Snapshot) -> None:
+    state = snapshot.state
+    state.versions = {"megarat": megarat.__version__, "torch": str(torch.__version__)}
+    state.saved_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    write_synced(folder / STATE, state.to_json())
+    _write_tensors(folder / WEIGHTS, snapshot.weights)
+    if snapshot.masters:
+        _write_tensors(folder / MASTERS, snapshot.masters)
+    if snapshot.moments:
+        moments = {f"{kind}.{name}": tensor for kind, named in snapshot.moments.items() for name, tensor in named.items()}
+        _write_tensors(folder / OPTIMIZER, moments)
+    if snapshot.tokenizer is not None:
+        _copy_tokenizer(snapshot.tokenizer, folder / TOKENIZER)
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    writer = FileSystemWriter(folder, thread_count=min(_MAX_FILES, 1 + size // _FILE_BYTES))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=True)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        target.mkdir()
+        shutil.copy(source, target)
+
+
+@contextlib.contextmanager
+def _commit(target: Path) -> Iterator[Path]:
+    """A hidden folder to fill, which becomes ``target`` at the end of the block, whole, or vanishes."""
+    staging = target.with_name(f"{STAGING_PREFIX}{target.name}-{os.getpid()}")
+    try:
+        with _disk_errors(target):
+            staging.mkdir(parents=True)
+            yield staging
+            for path in staging.rglob("*"):
+                sync(path)
+            write_manifest(staging)
+            sync(staging)
+            staging.rename(target)  # refused by the system if there is a checkpoint of this name
+            sync(target.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # after the rename there is nothing to remove
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint without a moment at which half of it looks like one."""
+    discarded = folder.with_name(DISCARDED_PREFIX + folder.name)
+    shutil.rmtree(discarded, ignore_errors=True)
+    folder.rename(discarded)
+    shutil.rmtree(discarded, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """Turn a disk that refuses into one clear message; anything else is a bug and passes through."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        raise UserError(
+            f"cannot write {target}: {cause.strerror or cause}. Earlier checkpoints are untouched; make room ({_free(target)} free) "
+            "or change run.dir, then start the same command again"
+        ) from None
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The operating system's error behind one of torch's: it arrives wrapped, or only as the context of another."""
+    seen: list[BaseException | None] = [error]
+    if isinstance(error, CheckpointException):
+        seen += [failure for failure, _ in error.failures.values()]
+    while seen:
+        current = seen.pop()
+        if isinstance(current, OSError):
+            return current
+        if current is not None:
+            seen += [current.__cause__, current.__context__]
+    return None
+
+
+def _free(path: Path) -> str:
+    existing = next(parent for parent in path.resolve().parents if parent.exists())
+    return f"{shutil.disk_usage(existing).free / 1e9:.1f} GB"
