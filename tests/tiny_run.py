@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megarat.config import Config, from_dict
+from megarat.data.format import Piece, ShardWriter, TokenizerInfo, token_dtype
 from megarat.model.lm import RATPlusLM
 
 LAYERS, HIDDEN, HEADS, VOCAB, LENGTH = 2, 16, 2, 64, 16
@@ -42,3 +45,17 @@ def micro_batches(count: int, seed: int = 0, rows: int = 2) -> list[tuple[torch.
         labels[:, 5] = -100
         batches.append((tokens[:, :-1].contiguous(), labels))
     return batches
+
+
+def write_shards(folder: Path, tokens: int = 3000, seed: int = 0) -> Path:
+    """A corpus of random documents under ``folder/train``, id 2 closing each; returns ``folder``."""
+    generator = np.random.default_rng(seed)
+    stream = generator.integers(3, VOCAB, tokens).astype(token_dtype(VOCAB))
+    ends = np.arange(50, tokens + 1, 50)
+    stream[ends - 1] = 2
+    with ShardWriter(
+        folder / "train", vocab_size=VOCAB, eos_id=2, tokenizer=TokenizerInfo("none", "sentencepiece", "0" * 64), source={}
+    ) as writer:
+        writer.add(Piece(stream, ends))
+        writer.finish()
+    return folder

@@ -1,0 +1,44 @@
+"""One training step: the sparse + dense pair of active recurrence learning (RAT+, arXiv 2602.18196).
+
+    for each global batch:
+        accumulate the loss with sparse attention   (D=64, W=0, I=0);   clip;  AdamW
+        accumulate the loss with dense attention on the same tokens;    clip;  AdamW
+
+Two updates with one learning rate; the second sees the weights of the first. The sparse pass forces the recurrence to carry what
+attention cannot see, the dense pass keeps attention good. Adaptation and plain training make the second update only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from megarat.engine import Engine, MicroBatch, Update
+from megarat.model.pattern import Patterns
+
+
+class PairResult(NamedTuple):
+    """The updates of one pair. ``dense`` is the update with the run's main pattern; None when a bad sparse update ended the pair."""
+
+    sparse: Update | None
+    dense: Update | None
+
+    @property
+    def finite(self) -> bool:
+        """Whether every update of the pair was made."""
+        return self.dense is not None and self.dense.finite
+
+
+def train_pair(
+    engine: Engine, micro_batches: Sequence[MicroBatch], sparse: Patterns | None, dense: Patterns, lr: float
+) -> PairResult:
+    """Train on one global batch: sparse update, then dense update; the dense one alone when ``sparse`` is None.
+
+    A non-finite sparse update ends the pair, weights untouched. After a non-finite dense update the (finite) sparse one stands.
+    """
+    sparse_update = None
+    if sparse is not None:
+        sparse_update = engine.update(micro_batches, sparse, lr)
+        if not sparse_update.finite:
+            return PairResult(sparse_update, None)
+    return PairResult(sparse_update, engine.update(micro_batches, dense, lr))
