@@ -145,7 +145,7 @@ class Index:
     def write(self) -> Path:
         """Puts `index.json` in place by one rename. Call it after every shard it lists is on disk."""
         path = self.folder / INDEX_NAME
-        with _naming(path), _staged(path) as file:
+        with named_errors(path), _staged(path) as file:
             file.write((json.dumps(self._to_json(), sort_keys=True) + "\n").encode())
         return path
 
@@ -201,7 +201,7 @@ def verify(folder: str | Path, progress: Progress = lambda done: None) -> Index:
 def _find_fault(index: Index, shard: Shard, progress: Progress) -> str | None:
     try:
         path = index.check_file(shard)
-        with _naming(path, "read"):
+        with named_errors(path, "read"):
             found = file_sha256(path, progress)
     except UserError as error:
         return str(error)
@@ -241,21 +241,20 @@ class ShardWriter:
         vocab_size: int,
         eos_id: int,
         tokenizer: TokenizerInfo,
-        source: dict[str, Any],
         block_tokens: int = DEFAULT_BLOCK_TOKENS,
         shard_tokens: int = DEFAULT_SHARD_TOKENS,
     ):
         if block_tokens < 1 or shard_tokens < 1 or shard_tokens % block_tokens:
             raise UserError(f"shard tokens ({shard_tokens}) must be a positive multiple of block tokens ({block_tokens})")
         self._folder = Path(folder)
-        self._head: dict[str, Any] = {"vocab_size": vocab_size, "eos_id": eos_id, "tokenizer": tokenizer, "source": source}
+        self._head: dict[str, Any] = {"vocab_size": vocab_size, "eos_id": eos_id, "tokenizer": tokenizer}
         self._dtype = token_dtype(vocab_size)
         self._vocab_size = vocab_size
         self._block_tokens, self._shard_tokens = block_tokens, shard_tokens
         self._waiting = Piece(np.empty(0, self._dtype), np.empty(0, np.int64))  # less than one block
         self._open: _OpenShard | None = None
         self._shards: list[Shard] = []
-        with _naming(self._folder):
+        with named_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> ShardWriter:
@@ -275,14 +274,19 @@ class ShardWriter:
         )
         self._write_blocks(smallest=self._block_tokens)
 
-    def finish(self) -> Index:
-        """Writes what is left and then the index, which makes the folder a corpus."""
+    def finish(self, source: dict[str, Any]) -> Index:
+        """Writes what is left and then the index, with the given provenance, which makes the folder a corpus."""
         self._write_blocks(smallest=1)
         self._close_shard()
         if not self._shards:
             raise UserError(f"{self._folder}: empty corpus: no document was added")
         index = Index(
-            folder=self._folder, dtype=self._dtype, block_tokens=self._block_tokens, shards=tuple(self._shards), **self._head
+            folder=self._folder,
+            dtype=self._dtype,
+            block_tokens=self._block_tokens,
+            shards=tuple(self._shards),
+            source=source,
+            **self._head,
         )
         index.write()
         return index
@@ -317,7 +321,7 @@ class _OpenShard:
     def __init__(self, path: Path):
         self._path = path
         self._stack = ExitStack()
-        with _naming(path):
+        with named_errors(path):
             self._file = _HashingFile(self._stack.enter_context(_staged(path)))
             self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[call-overload]  # noqa: SIM115
         self.tokens = self._documents = 0
@@ -326,7 +330,7 @@ class _OpenShard:
 
     def write_block(self, tokens: TokenArray, ends: IntArray) -> None:
         key = f"{len(self._offsets):08d}"
-        with _naming(self._path):
+        with named_errors(self._path):
             payload_end = self._add_array(f"{key}.tokens.npy", tokens)
             self._add_array(f"{key}.ends.npy", ends.astype("<u4"))
         self._offsets.append(payload_end - tokens.nbytes)
@@ -345,7 +349,7 @@ class _OpenShard:
         return self._file.tell() - -member.size % tarfile.BLOCKSIZE
 
     def close(self) -> Shard:
-        with _naming(self._path):
+        with named_errors(self._path):
             self._tar.close()
             size = self._file.tell()
             self._stack.close()
@@ -412,7 +416,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _naming(path: Path, action: str = "written") -> Iterator[None]:
+def named_errors(path: Path, action: str = "written") -> Iterator[None]:
     """Turns an operating system error (disk full, no permission) into a message that names the file."""
     try:
         yield

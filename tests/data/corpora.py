@@ -29,12 +29,11 @@ def make_corpus(
         vocab_size=vocab,
         eos_id=EOS,
         tokenizer=TokenizerInfo("test.model", "sentencepiece", "0" * 64),
-        source={},
         block_tokens=block,
         shard_tokens=shard,
     ) as writer:
         for first in range(0, documents, 7):
             writer.add(join_documents(texts[first : first + 7], EOS, token_dtype(vocab)))
-        writer.finish()
+        writer.finish(source={})
     stream = np.array([token for text in texts for token in [*text, EOS]])
     return Corpus(folder, stream, texts)

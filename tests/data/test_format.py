@@ -71,12 +71,11 @@ def test_equal_input_gives_equal_bytes_however_it_is_cut_into_pieces(tmp_path: P
         vocab_size=1000,
         eos_id=EOS,
         tokenizer=TokenizerInfo("test.model", "sentencepiece", "0" * 64),
-        source={},
         block_tokens=64,
         shard_tokens=256,
     ) as writer:
         writer.add(join_documents(corpus.documents, EOS, token_dtype(1000)))
-        writer.finish()
+        writer.finish(source={})
     assert {p.name: p.read_bytes() for p in again.iterdir()} == {p.name: p.read_bytes() for p in corpus.folder.iterdir()}
 
 
@@ -180,7 +179,6 @@ def test_an_interrupted_writer_leaves_nothing_that_looks_like_a_corpus(tmp_path:
             vocab_size=10,
             eos_id=EOS,
             tokenizer=TokenizerInfo("t", "sentencepiece", ""),
-            source={},
             block_tokens=4,
             shard_tokens=8,
         ) as writer,
@@ -194,10 +192,10 @@ def test_an_interrupted_writer_leaves_nothing_that_looks_like_a_corpus(tmp_path:
 
 def test_ids_outside_the_vocabulary_and_uneven_shards_are_refused(tmp_path: Path) -> None:
     made_by = TokenizerInfo("t", "sentencepiece", "")
-    writer = ShardWriter(tmp_path, vocab_size=10, eos_id=EOS, tokenizer=made_by, source={})
+    writer = ShardWriter(tmp_path, vocab_size=10, eos_id=EOS, tokenizer=made_by)
     with pytest.raises(UserError, match="id 10, outside its vocabulary of 10"):
         writer.add(join_documents([[10]], EOS, token_dtype(10)))
     with pytest.raises(UserError, match="empty corpus"):
-        writer.finish()
+        writer.finish(source={})
     with pytest.raises(UserError, match="multiple of block tokens"):
-        ShardWriter(tmp_path, vocab_size=10, eos_id=EOS, tokenizer=made_by, source={}, block_tokens=4, shard_tokens=6)
+        ShardWriter(tmp_path, vocab_size=10, eos_id=EOS, tokenizer=made_by, block_tokens=4, shard_tokens=6)
