@@ -42,6 +42,7 @@ from megarat.checkpoint.manifest import (
 )
 from megarat.config import Config, ModelConfig
 from megarat.errors import UserError
+from megarat.model.pattern import describe
 
 _FILE_BYTES = 1 << 30  # about this much per file, so that several threads can write and check a large checkpoint
 _MAX_FILES = 8
@@ -82,13 +83,15 @@ def save_imported(
     told: Mapping[str, Any],
     tokenizer: Path | None = None,
 ) -> Path:
-    """Write foreign fp32 weights as the checkpoint folder ``out``, which must not exist; ``told`` is what the source says of itself."""
+    """Write foreign fp32 weights as the checkpoint folder ``out``, which must not exist; ``told`` is what the source says of its
+    ``pattern`` and ``step``."""
     if out.exists():
         raise UserError(f"{out} exists; name a new folder for the imported checkpoint")
     config = Config(model=model)
+    config.attention.pattern = told["pattern"]
     config.run.dir, config.data.shards = str(out), "(imported weights: name the data)"
     parent = {"kind": "import", "path": str(source.resolve()), **told}
-    state = CheckpointState("import", int(told.get("step") or 0), 0, config, "dense", "fp32", parent=parent)
+    state = CheckpointState("import", int(told.get("step") or 0), 0, config, describe(config.patterns), "fp32", parent=parent)
     with _commit(out) as staging:
         _write(staging, Snapshot(state, {name: tensor.float() for name, tensor in weights.items()}, tokenizer=tokenizer))
     return out

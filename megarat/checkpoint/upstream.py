@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megarat.config import ModelConfig
 from megarat.errors import UserError
+from megarat.model.pattern import Pattern
 
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -56,7 +57,7 @@ def read_upstream(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dic
     settings: Mapping[str, Any] = saved["config"] if isinstance(saved.get("config"), Mapping) else {}
     weights, recurrence = _rename(published, path)
     config = _infer_shape(weights, recurrence, settings, path)
-    return config, weights, {"step": saved.get("step"), "pattern": _published_pattern(settings)}
+    return config, weights, {"step": saved.get("step"), "pattern": _published_pattern(settings, config.layers)}
 
 
 def _read_weights(task: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
@@ -126,9 +127,16 @@ def _infer_shape(weights: Mapping[str, Tensor], recurrence: bool, settings: Mapp
     )
 
 
-def _published_pattern(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _published_pattern(settings: Mapping[str, Any], layers: int) -> str | list[str]:
+    """The pattern the weights were last trained for: dense after joint training, else the (D, W, I) of the file, perhaps a list a layer."""
     cell = _lookup(settings, "model", "backbone", "seq_cell") or {}
-    return {letter: cell.get(key) for letter, key in (("D", "dilation_size"), ("W", "local_size"), ("I", "initial_size"))}
+    sizes = [cell.get(key, default) for key, default in (("dilation_size", 1), ("local_size", 0), ("initial_size", 0))]
+    if cell.get("joint_train", True):
+        return "dense"
+    if not any(isinstance(size, (list, tuple)) for size in sizes):
+        return str(Pattern(*sizes))
+    per_layer = [[size[layer] if isinstance(size, (list, tuple)) else size for size in sizes] for layer in range(layers)]
+    return [str(Pattern(*values)) for values in per_layer]
 
 
 def _lookup(tree: Any, *keys: str) -> Any:

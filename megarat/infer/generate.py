@@ -35,6 +35,9 @@ class Sampling:
             raise UserError(f"sampling: {self}: need temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0")
 
 
+GREEDY = Sampling()
+
+
 @torch.no_grad()
 def prefill(model: RATPlusLM, ids_BT: Tensor, lengths_B: Tensor, patterns: Patterns, cache: SparseCache) -> Tensor:
     """Read right-padded prompts into the cache and return the logits (B, V) after each prompt's last token.
@@ -85,7 +88,7 @@ def generate(
     patterns: Patterns,
     *,
     attention_mask_BT: Tensor | None = None,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     stop_id: int | None = None,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> Tensor:

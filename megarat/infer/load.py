@@ -12,7 +12,7 @@ from megarat.checkpoint import names
 from megarat.config import ModelConfig
 from megarat.errors import UserError
 from megarat.infer.cache import cache_bytes
-from megarat.infer.generate import Sampling, generate
+from megarat.infer.generate import GREEDY, Sampling, generate
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import Patterns, PatternSpec, describe, resolve
 
@@ -51,7 +51,7 @@ class LoadedModel(nn.Module):
         pattern: PatternSpec | None = None,
         *,
         attention_mask: Tensor | None = None,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         stop_id: int | None = None,
     ) -> Tensor:
         """New tokens (B, <= max_new_tokens) after the prompts ``ids`` (B, T), decoded from the sparse cache.
@@ -76,7 +76,9 @@ class LoadedModel(nn.Module):
         if ids_BT.dim() != 2 or ids_BT.dtype not in (torch.int64, torch.int32):
             raise UserError(f"token ids: expected int64 of shape (batch, length), found {ids_BT.dtype} {tuple(ids_BT.shape)}")
         if ids_BT.numel() and not 0 <= int(ids_BT.min()) <= int(ids_BT.max()) < self.config.vocab:
-            raise UserError(f"token ids: found ids from {int(ids_BT.min())} to {int(ids_BT.max())}; the model has 0 to {self.config.vocab - 1}")
+            raise UserError(
+                f"token ids: found ids from {int(ids_BT.min())} to {int(ids_BT.max())}; the model has 0 to {self.config.vocab - 1}"
+            )
         return ids_BT.long()
 
 
@@ -98,7 +100,9 @@ def load(
     folder = checkpoints.resolve(checkpoint)
     state = checkpoints.load_state(folder)
     lm = RATPlusLM(state.config.model)
-    patterns = resolve(pattern if pattern is not None else state.config.attention.pattern, state.config.model.layers, state.config.model.heads)
+    patterns = resolve(
+        pattern if pattern is not None else state.config.attention.pattern, state.config.model.layers, state.config.model.heads
+    )
     fill_model(lm, checkpoints.load_weights(folder, prefer_masters=dtype not in (torch.bfloat16, torch.float16)), str(folder))
     lm = lm.to(device=device, dtype=dtype).requires_grad_(False).eval()
     return LoadedModel(lm, patterns, folder)

@@ -1,0 +1,243 @@
+"""The command line: verbs to functions, no logic. ``megarat --help`` imports nothing heavy.
+
+Exit codes: 0 done; 2 bad input (one message, no traceback); 75 stopped early on request with a good checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED, StoppedEarly, UserError
+
+_PATTERN_HELP = "'dense', 'D=16,W=256,I=4', or a YAML list with one entry a layer (an entry may be a list a head)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"megarat: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except StoppedEarly as stop:
+        print(f"megarat: {stop}", file=sys.stderr)
+        return EXIT_STOPPED
+    return EXIT_OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    from megarat import __version__
+
+    parser = argparse.ArgumentParser(prog="megarat", description="Train RAT+ language models dense, run them sparse.")
+    parser.add_argument("--version", action="version", version=f"megarat {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_pretrain(verbs)
+    _add_adapt(verbs)
+    _add_eval(verbs)
+    _add_generate(verbs)
+    _add_checkpoint(verbs)
+    _add_doctor(verbs)
+    _add_demo(verbs)
+    return parser
+
+
+def _add_pretrain(verbs: Any) -> None:
+    parser = verbs.add_parser("pretrain", help="dense pretraining with active recurrence learning; resumes from its run folder")
+    _add_config(parser)
+    parser.set_defaults(run=_pretrain)
+
+
+def _add_adapt(verbs: Any) -> None:
+    parser = verbs.add_parser("adapt", help="load weights, switch the attention pattern, train shortly")
+    _add_config(parser)
+    parser.add_argument(
+        "--from", dest="parent", required=True, metavar="CHECKPOINT", help="checkpoint or run folder to start from"
+    )
+    parser.add_argument("--pattern", help=f"overrides attention.pattern: {_PATTERN_HELP}")
+    parser.set_defaults(run=_adapt)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML of the run (docs/config.md lists every key)")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable"
+    )
+
+
+def _add_eval(verbs: Any) -> None:
+    parser = verbs.add_parser("eval", help="evaluate a checkpoint under one or more patterns")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint or run folder")
+    parser.add_argument("--pattern", action="append", default=[], help=f"{_PATTERN_HELP}; repeatable")
+    parser.add_argument("--tasks", default="ppl", help="comma-separated; this version has 'ppl' (held-out loss and perplexity)")
+    parser.add_argument("--out", metavar="DIR", help="write results.json there")
+    parser.add_argument("--shards", help="data to score (default: the run's own data.shards)")
+    parser.add_argument("--split", default="validation", help="train or validation")
+    parser.add_argument("--sequence-length", type=_positive, help="tokens of a sequence (default: as trained)")
+    parser.add_argument("--micro-batch", type=_positive, default=8, help="sequences at a time")
+    parser.add_argument("--limit-tokens", type=_positive, help="score at most this many tokens")
+    _add_device(parser)
+    parser.set_defaults(run=_eval)
+
+
+def _add_generate(verbs: Any) -> None:
+    parser = verbs.add_parser("generate", help="continue a prompt from the sparse cache")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint or run folder")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--pattern", help=f"{_PATTERN_HELP} (default: the checkpoint's own)")
+    parser.add_argument("--max-new-tokens", type=_positive, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", help="tokenizer file or folder (default: the one stored with the checkpoint)")
+    _add_device(parser)
+    parser.set_defaults(run=_generate)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on GPUs, fp32 on CPUs")
+
+
+def _add_checkpoint(verbs: Any) -> None:
+    parser = verbs.add_parser("checkpoint", help="look inside a checkpoint, prove its integrity, import published ones")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="shapes, step, tokens, pattern, parent")
+    show.add_argument("path", metavar="CHECKPOINT")
+    show.set_defaults(run=_checkpoint_show)
+    verify = actions.add_parser("verify", help="check size and hash of every file")
+    verify.add_argument("path", metavar="CHECKPOINT")
+    verify.set_defaults(run=_checkpoint_verify)
+    imported = actions.add_parser("import", help="bring a .pth of the published RAT+ code in; runs nothing pickled in it")
+    imported.add_argument("source", metavar="FILE.pth")
+    imported.add_argument("out", metavar="OUT", help="checkpoint folder to write")
+    imported.add_argument("--tokenizer", help="tokenizer file or folder to store with it")
+    imported.set_defaults(run=_checkpoint_import)
+
+
+def _add_doctor(verbs: Any) -> None:
+    parser = verbs.add_parser("doctor", help="what is installed, which fast paths are on, what is missing and how to get it")
+    parser.set_defaults(run=_doctor)
+
+
+def _add_demo(verbs: Any) -> None:
+    parser = verbs.add_parser("demo", help="the whole life of a RAT+ model on real text, on whatever this machine has")
+    parser.add_argument("--out", default="demo-run", metavar="DIR", help="where everything is written (default: demo-run)")
+    parser.add_argument(
+        "--text", action="append", default=[], metavar="PATH", help="your own .txt/.jsonl/.parquet instead; repeatable"
+    )
+    parser.add_argument("--tokenizer", help="your own Hugging Face or SentencePiece tokenizer instead of Mistral v1")
+    parser.add_argument("--pairs", type=_positive, help="pretraining pairs (default: what fits the time on this machine)")
+    parser.set_defaults(run=_demo)
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from megarat import config
+    from megarat.train.loop import pretrain
+
+    pretrain(config.load(arguments.config, arguments.overrides))
+
+
+def _adapt(arguments: argparse.Namespace) -> None:
+    from megarat import config
+    from megarat.train.adapt import adapt
+
+    overrides = list(arguments.overrides)
+    if arguments.pattern:
+        overrides.append(f"attention.pattern={_quoted(arguments.pattern)}")
+    adapt(config.load(arguments.config, overrides), arguments.parent)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from megarat.eval.runner import EvalSettings, evaluate, table, write_results
+
+    settings = EvalSettings(
+        patterns=[_pattern(text) for text in arguments.pattern],
+        tasks=arguments.tasks.split(","),
+        shards=arguments.shards,
+        split=arguments.split,
+        sequence_length=arguments.sequence_length,
+        micro_batch=arguments.micro_batch,
+        limit_tokens=arguments.limit_tokens,
+        device=arguments.device,
+        precision=arguments.precision,
+    )
+    results = evaluate(arguments.checkpoint, settings)
+    print(table(results))
+    if arguments.out:
+        print(f"\nwritten: {write_results(results, arguments.out)}")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from megarat.infer.generate import Sampling
+    from megarat.infer.text import print_continuation
+
+    sampling = Sampling(arguments.temperature, arguments.top_p, arguments.repetition_penalty, arguments.seed)
+    pattern = _pattern(arguments.pattern) if arguments.pattern else None
+    print_continuation(
+        arguments.checkpoint,
+        arguments.prompt,
+        pattern=pattern,
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        tokenizer=arguments.tokenizer,
+        device=arguments.device,
+        precision=arguments.precision,
+    )
+
+
+def _checkpoint_show(arguments: argparse.Namespace) -> None:
+    from megarat.checkpoint.load import show
+
+    print(show(arguments.path))
+
+
+def _checkpoint_verify(arguments: argparse.Namespace) -> None:
+    from megarat.checkpoint.load import verify
+
+    print(verify(arguments.path))
+
+
+def _checkpoint_import(arguments: argparse.Namespace) -> None:
+    from megarat.checkpoint.convert import import_upstream
+
+    print(import_upstream(arguments.source, arguments.out, arguments.tokenizer))
+
+
+def _doctor(_: argparse.Namespace) -> None:
+    from megarat.doctor import report
+
+    print(report())
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from megarat.demo.life import demo
+
+    demo(arguments.out, texts=arguments.text, tokenizer=arguments.tokenizer, pairs=arguments.pairs)
+
+
+def _pattern(text: str) -> Any:
+    """A pattern from the command line: plain text, or a YAML list a layer."""
+    if not text.lstrip().startswith("["):
+        return text
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--pattern {text!r} is not a YAML list: {error}; write for example '[dense, \"D=16,W=32\"]'") from None
+
+
+def _quoted(pattern: str) -> str:
+    return pattern if pattern.lstrip().startswith("[") else f'"{pattern}"'
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value

@@ -1,0 +1,115 @@
+"""``megarat eval``: one checkpoint, several patterns, a table and ``results.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import megarat
+from megarat.checkpoint import load as checkpoints
+from megarat.data.loader import evaluation_batches
+from megarat.data.reader import TokenReader, check_vocabulary
+from megarat.errors import UserError
+from megarat.eval.perplexity import PatternScore, score_patterns
+from megarat.infer.load import LoadedModel, load
+from megarat.model.pattern import PatternSpec
+
+RESULTS_SCHEMA = 1
+TASKS = ("ppl",)
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What ``megarat eval`` was asked for; None means: as in the checkpoint's own run."""
+
+    patterns: Sequence[PatternSpec]
+    tasks: Sequence[str] = ("ppl",)
+    shards: str | None = None
+    split: str = "validation"
+    sequence_length: int | None = None
+    micro_batch: int = 8
+    limit_tokens: int | None = None
+    device: str | None = None
+    precision: str | None = None
+    progress: bool = True
+
+
+def evaluate(checkpoint: str | Path, settings: EvalSettings) -> dict[str, Any]:
+    """Results of every task and pattern as plain values (the schema is in ``docs/evaluation.md``)."""
+    unknown = [task for task in settings.tasks if task not in TASKS]
+    if unknown:
+        raise UserError(f"--tasks: unknown task {unknown[0]!r}; this version has {', '.join(TASKS)}")
+    patterns = list(settings.patterns) or ["dense"]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[settings.precision]
+    model = load(checkpoint, patterns[0], settings.device, dtype)
+    state = checkpoints.load_state(model.checkpoint)
+    length = settings.sequence_length or state.config.data.sequence_length
+    scores = _perplexity(model, patterns, Path(settings.shards or state.config.data.shards), length, settings)
+    return {
+        "schema": RESULTS_SCHEMA,
+        "megarat": megarat.__version__,
+        "checkpoint": {"path": str(model.checkpoint), "pair": state.pair, "tokens": state.tokens},
+        "model": {"layers": model.config.layers, "hidden": model.config.hidden, "heads": model.config.heads},
+        "device": str(model.device),
+        "dtype": str(model.lm.embedding.weight.dtype).removeprefix("torch."),
+        "sequence_length": length,
+        "tasks": {"ppl": [score.to_dict() for score in scores]},
+    }
+
+
+def _perplexity(
+    model: LoadedModel, patterns: list[PatternSpec], shards: Path, length: int, settings: EvalSettings
+) -> list[PatternScore]:
+    if settings.split not in SPLITS:
+        raise UserError(f"--split: {settings.split!r}; expected {' or '.join(SPLITS)}")
+    reader = TokenReader(shards / settings.split)
+    check_vocabulary(reader.index, model.config.vocab)
+    resolved = [model.resolve(pattern) for pattern in patterns]
+    batches = evaluation_batches(reader, length, settings.micro_batch, settings.limit_tokens)
+    total = min(reader.num_tokens, settings.limit_tokens or reader.num_tokens) // length * length
+    with tqdm(total=total, desc="perplexity", unit="tok", unit_scale=True, disable=not settings.progress) as bar:
+        return score_patterns(model.lm, resolved, _counted(batches, bar), length)
+
+
+def _counted(batches: Iterator[tuple[Tensor, Tensor]], bar: tqdm[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    for inputs_BT, labels_BT in batches:
+        yield inputs_BT, labels_BT
+        bar.update(inputs_BT.numel())
+
+
+def write_results(results: dict[str, Any], folder: str | Path) -> Path:
+    """Write ``results.json`` into ``folder`` and return its path."""
+    path = Path(folder) / "results.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: cannot write {path}: {error}") from None
+    return path
+
+
+def table(results: dict[str, Any]) -> str:
+    """The perplexity rows as a Markdown table."""
+    lines = ["| pattern | loss (nats) | perplexity | tokens | KV cache per sequence |", "|---|---:|---:|---:|---:|"]
+    lines += [
+        f"| {row['pattern']} | {row['loss']:.4f} | {row['perplexity']:.2f} | {row['tokens']:,} | {human_bytes(row['cache_bytes_per_sequence'])} |"
+        for row in results["tasks"]["ppl"]
+    ]
+    return "\n".join(lines)
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
