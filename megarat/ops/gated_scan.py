@@ -254,10 +254,28 @@ def gated_scan(
     initial state, from the outputs and from the final state; there is no second derivative.
     """
     _check(k_BTHK, v_BTHK, g_BTHK, cos_TR, sin_TR)
-    choose_backend("gated_scan", backend, k_BTHK, "no kernel is built for it")
-    return _gated_scan_chunked(
-        k_BTHK, v_BTHK, g_BTHK, cos_TR, sin_TR, initial_state, document_starts_BT, out_dtype or k_BTHK.dtype
+    out_dtype = out_dtype or k_BTHK.dtype
+    if choose_backend("gated_scan", backend, k_BTHK, _unsupported(k_BTHK, v_BTHK, g_BTHK)) == "reference":
+        return _gated_scan_chunked(k_BTHK, v_BTHK, g_BTHK, cos_TR, sin_TR, initial_state, document_starts_BT, out_dtype)
+    from megarat.ops.kernels.gated_scan import GatedScan
+
+    save = torch.is_grad_enabled()
+    start_k, start_v = initial_state or (None, None)
+    k_out, v_out, last_k, last_v = GatedScan.apply(
+        k_BTHK, v_BTHK, g_BTHK, cos_TR, sin_TR, start_k, start_v, document_starts_BT, out_dtype, save
     )
+    return k_out, v_out, ScanState(last_k, last_v)
+
+
+def _unsupported(k_BTHK: Tensor, v_BTHK: Tensor, g_BTHK: Tensor) -> str | None:
+    """Why the kernels cannot serve these inputs, or None."""
+    if torch.float64 in (k_BTHK.dtype, v_BTHK.dtype, g_BTHK.dtype):
+        return "inputs are float64"
+    if k_BTHK.shape[-1] % 16:
+        return f"head size {k_BTHK.shape[-1]} is no multiple of 16"
+    if any(x.stride(-1) != 1 for x in (k_BTHK, v_BTHK, g_BTHK)):
+        return "the channels of an input are not contiguous"
+    return None
 
 
 def _check(k_BTHK: Tensor, v_BTHK: Tensor, g_BTHK: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
