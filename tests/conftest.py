@@ -1,14 +1,50 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tests are small: one thread each is fastest, and sums come out in the same order everywhere."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def mesh():
+def mesh(one_thread):
     """This process as a mesh of one CPU rank; DeepSpeed is started once for all tests of a session."""
-    import torch
-
     from megarat.mesh import start
 
-    torch.set_num_threads(1)
     return start("cpu")
+
+
+@pytest.fixture(scope="session")
+def golden_pth() -> Path:
+    """A checkpoint written by the published code: 2 layers of width 256, 2 heads, vocabulary 512."""
+    return GOLDEN / "upstream-tiny.pth"
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, np.ndarray]:
+    """What the published code printed for that checkpoint: token ids, logits by pattern, and six batches of joint training."""
+    with np.load(GOLDEN / "upstream-tiny.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture
+def published(golden_pth):
+    """That checkpoint as a fresh fp32 model."""
+    from megarat.checkpoint.upstream import read_upstream
+    from megarat.infer.load import fill_model
+    from megarat.model.lm import RATPlusLM
+
+    config, weights, _ = read_upstream(golden_pth)
+    model = RATPlusLM(config)
+    fill_model(model, weights, str(golden_pth))
+    return model
