@@ -135,8 +135,9 @@ def _published_pattern(settings: Mapping[str, Any], layers: int) -> str | list[s
         return "dense"
     if not any(isinstance(size, (list, tuple)) for size in sizes):
         return str(Pattern(*sizes))
-    per_layer = [[size[layer] if isinstance(size, (list, tuple)) else size for size in sizes] for layer in range(layers)]
-    return [str(Pattern(*values)) for values in per_layer]
+    return [
+        str(Pattern(*(size[layer] if isinstance(size, (list, tuple)) else size for size in sizes))) for layer in range(layers)
+    ]
 
 
 def _lookup(tree: Any, *keys: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megarat.checkpoint import load as checkpoints
+import megarat.checkpoint.load as checkpoints
 from megarat.checkpoint import names
 from megarat.config import ModelConfig
 from megarat.errors import UserError

@@ -53,8 +53,8 @@ class RATPlusMixer(nn.Module):
     def project(self, x_BTC: Tensor) -> Projections:
         """Norm and the fused input projection, split into strided views of (B, T, H, K)."""
         fused = self.in_proj(self.norm(x_BTC))
-        pieces = fused.unflatten(-1, (-1, self.heads, self.head_dim)).unbind(-3)
-        return Projections(*pieces) if self.recurrence else Projections(*pieces, None)
+        o, q, k, v, *gate = fused.unflatten(-1, (-1, self.heads, self.head_dim)).unbind(-3)
+        return Projections(o, q, k, v, gate[0] if gate else None)
 
     def recur(
         self,
