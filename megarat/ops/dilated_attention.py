@@ -153,20 +153,46 @@ def dilated_attention(
     Returns out_BTHK in q's dtype, and with return_lse also the log-sum-exp of the visible scaled scores, (B, T, H) fp32 (float64
     for float64 inputs).
     """
-    choose_backend("dilated_attention", backend, q_BTHK, "no kernel is built for it")
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    unsupported = _unsupported(q_BTHK, k_BTHK, v_BTHK, document_ids_BT)
+    kernels = choose_backend("dilated_attention", backend, q_BTHK, unsupported) == "triton"
     groups = group_heads(pattern, q_BTHK.shape[2])
     parts = []
     for one_pattern, heads in groups:
         q, k, v = (_take_heads(x, heads) for x in (q_BTHK, k_BTHK, v_BTHK))
-        parts.append(_attend_torch(q, k, v, one_pattern, scale, return_lse, document_ids_BT))
+        gate = None if output_gate_BTHK is None else _take_heads(output_gate_BTHK, heads)
+        if kernels and (return_lse or not is_dense(one_pattern, q.shape[1])):
+            parts.append(_attend_triton(q, k, v, gate, one_pattern, scale))
+        else:
+            out, lse = _attend_torch(q, k, v, one_pattern, scale, return_lse, document_ids_BT)
+            parts.append((out if gate is None else out * torch.sigmoid(gate), lse))
     order = [head for _, heads in groups for head in heads]
     out_BTHK = _restore_heads([out for out, _ in parts], order)
-    if output_gate_BTHK is not None:
-        out_BTHK = out_BTHK * torch.sigmoid(output_gate_BTHK)
     if not return_lse:
         return out_BTHK
     return out_BTHK, _restore_heads([lse for _, lse in parts if lse is not None], order)
+
+
+def _attend_triton(
+    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, gate_BTHK: Tensor | None, pattern: tuple[int, int, int], scale: float
+) -> tuple[Tensor, Tensor]:
+    from megarat.ops.kernels.dilated_attention import DilatedAttention
+
+    out_BTHK, lse_BHT = DilatedAttention.apply(q_BTHK, k_BTHK, v_BTHK, gate_BTHK, pattern, scale)
+    return out_BTHK, lse_BHT.transpose(1, 2)
+
+
+def _unsupported(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, document_ids_BT: Tensor | None) -> str | None:
+    """Why the kernels cannot serve these inputs, or None."""
+    if document_ids_BT is not None:
+        return "documents are masked"
+    if not q_BTHK.dtype == k_BTHK.dtype == v_BTHK.dtype or q_BTHK.dtype == torch.float64:
+        return f"the inputs are {q_BTHK.dtype}, {k_BTHK.dtype} and {v_BTHK.dtype}"
+    if q_BTHK.shape[-1] not in (16, 32, 64, 128):
+        return f"the head size {q_BTHK.shape[-1]} is none of 16, 32, 64 and 128"
+    if any(x.stride(-1) != 1 for x in (q_BTHK, k_BTHK, v_BTHK)):
+        return "the channels of an input are not contiguous"
+    return None
 
 
 def group_heads(pattern: PatternLike | Sequence[PatternLike], heads: int) -> list[tuple[tuple[int, int, int], list[int]]]:
