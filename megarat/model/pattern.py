@@ -11,12 +11,14 @@ D = 1 keeps every key (plain causal attention, written ``dense``); D = -1 keeps 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple, Union
 
 from megarat.errors import UserError
 
 _FIELDS = {"D": "dilation", "W": "window", "I": "initial"}
+_LONGEST = 2**31  # of any sequence; positions are compared as 64-bit integers
 
 
 class Pattern(NamedTuple):
@@ -49,6 +51,8 @@ class Pattern(NamedTuple):
             raise UserError(f"pattern {self}: the dilation D must be 1 (dense) or more, or -1 (no dilated keys)")
         if self.window < 0 or self.initial < 0:
             raise UserError(f"pattern {self}: the window W and the initial tokens I must not be negative")
+        if max(self) > _LONGEST:
+            raise UserError(f"pattern {self}: {max(self)} is longer than any sequence (at most {_LONGEST})")
         return self
 
     @property
@@ -118,7 +122,7 @@ def resolve(spec: PatternSpec, layers: int, heads: int) -> Patterns:
     """
     if isinstance(spec, (str, Pattern)):
         return (LayerPattern.of([_pattern(spec)] * heads),) * layers
-    entries = list(spec)
+    entries = _entries(spec)
     if len(entries) != layers:
         raise UserError(
             f"pattern list: found {len(entries)} entries for {layers} layers; give one a layer, or a single pattern for all"
@@ -129,7 +133,7 @@ def resolve(spec: PatternSpec, layers: int, heads: int) -> Patterns:
 def _resolve_layer(entry: str | Pattern | Sequence[str | Pattern], layer: int, heads: int) -> LayerPattern:
     if isinstance(entry, (str, Pattern)):
         return LayerPattern.of([_pattern(entry)] * heads)
-    per_head = [_pattern(item) for item in entry]
+    per_head = [_pattern(item) for item in _entries(entry)]
     if len(per_head) != heads:
         raise UserError(
             f"pattern of layer {layer}: found {len(per_head)} entries for {heads} heads; give one a head, or a single pattern for the layer"
@@ -137,12 +141,17 @@ def _resolve_layer(entry: str | Pattern | Sequence[str | Pattern], layer: int, h
     return LayerPattern.of(per_head)
 
 
-def _pattern(item: str | Pattern) -> Pattern:
+def _pattern(item: Any) -> Pattern:
     if isinstance(item, Pattern):
         return item.checked()
     if isinstance(item, str):
         return Pattern.parse(item)
     raise UserError(f"pattern: found {item!r}; write 'dense' or for example 'D=16,W=256,I=4'")
+
+
+def _entries(spec: Any) -> list[Any]:
+    """The entries of a list; anything else (a bare number, say) is refused as a pattern."""
+    return list(spec) if isinstance(spec, (list, tuple)) else [_pattern(spec)]
 
 
 def describe(patterns: Patterns) -> str:
@@ -166,4 +175,4 @@ def layer_groups(patterns: Patterns) -> Iterator[tuple[int, HeadGroup]]:
 
 
 def _is_integer(text: str) -> bool:
-    return text.lstrip("+-").isdigit()
+    return re.fullmatch(r"[+-]?[0-9]{1,20}", text) is not None
