@@ -31,7 +31,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.repetition_penalty > 0):  # so that NaN is refused too
             raise UserError(f"sampling: {self}: need temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0")
 
 
@@ -140,6 +140,8 @@ def align_right_padded(ids_BT: Tensor, attention_mask_BT: Tensor | None) -> tupl
         raise UserError(f"prompts: expected token ids of shape (batch, length >= 1), found {tuple(ids_BT.shape)}")
     if attention_mask_BT is None:
         return ids_BT, torch.full((len(ids_BT),), ids_BT.shape[1], dtype=torch.int64, device=ids_BT.device)
+    if attention_mask_BT.shape != ids_BT.shape:
+        raise UserError(f"prompts: the attention mask has shape {tuple(attention_mask_BT.shape)}, the ids {tuple(ids_BT.shape)}")
     real_BT = attention_mask_BT.to(torch.bool)
     lengths_B = real_BT.sum(dim=1)
     if bool((lengths_B == 0).any()):
