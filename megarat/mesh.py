@@ -55,7 +55,9 @@ def start(device: str = "auto") -> Mesh:
             f"{launcher} started {world_size} processes; this version of megarat trains on one. Start it with a single process"
         )
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
-    if launcher != "torchrun":
+    if (
+        "TORCHELASTIC_RUN_ID" not in os.environ
+    ):  # torchrun keeps a server at the address it gives; others may hand down a used one
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     return Mesh(rank, world_size, local_rank, _device(device, local_rank))
 

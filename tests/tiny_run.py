@@ -53,9 +53,8 @@ def write_shards(folder: Path, tokens: int = 3000, seed: int = 0) -> Path:
     stream = generator.integers(3, VOCAB, tokens).astype(token_dtype(VOCAB))
     ends = np.arange(50, tokens + 1, 50)
     stream[ends - 1] = 2
-    with ShardWriter(
-        folder / "train", vocab_size=VOCAB, eos_id=2, tokenizer=TokenizerInfo("none", "sentencepiece", "0" * 64), source={}
-    ) as writer:
+    tokenizer = TokenizerInfo("none", "sentencepiece", "0" * 64)
+    with ShardWriter(folder / "train", vocab_size=VOCAB, eos_id=2, tokenizer=tokenizer) as writer:
         writer.add(Piece(stream, ends))
-        writer.finish()
+        writer.finish({"seed": seed})
     return folder

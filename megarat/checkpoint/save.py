@@ -83,10 +83,14 @@ def save_imported(
     told: Mapping[str, Any],
     tokenizer: Path | None = None,
 ) -> Path:
-    """Write foreign fp32 weights as the checkpoint folder ``out``, which must not exist; ``told`` is what the source says of its
-    ``pattern`` and ``step``."""
+    """Write foreign weights, as fp32, into the new checkpoint folder ``out``; ``told`` is the source's own ``pattern`` and ``step``.
+
+    Raises ``UserError`` when ``out`` exists, the tokenizer does not, or the disk refuses.
+    """
     if out.exists():
         raise UserError(f"{out} exists; name a new folder for the imported checkpoint")
+    if tokenizer is not None and not tokenizer.exists():
+        raise UserError(f"--tokenizer {tokenizer}: no such file or folder")
     config = Config(model=model)
     config.attention.pattern = told["pattern"]
     config.run.dir, config.data.shards = str(out), "(imported weights: name the data)"

@@ -100,5 +100,5 @@ class SkipCounter:
         if self.in_row >= self.limit:
             raise UserError(
                 f"{self.in_row} pairs in a row had a loss or gradient that is not finite (train.max_skipped = {self.limit}; the last "
-                f"is pair {pair + 1}); lower optim.lr or check the data, then start again from the last checkpoint"
+                f"is pair {pair + 1}); look at the losses and the data before it (a lower optim.lr needs a run.dir of its own)"
             )

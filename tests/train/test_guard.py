@@ -1,0 +1,72 @@
+"""Requests to stop, the lock of a run folder, the count of skipped pairs."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from megarat.errors import UserError
+from megarat.train.guard import SkipCounter, StopRequest, run_lock
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_is_a_request_and_the_old_handlers_come_back(number):
+    before = signal.getsignal(number)
+    with StopRequest().listening() as stop:
+        assert stop.reason is None
+        os.kill(os.getpid(), number)
+        assert stop.reason == number.name
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with StopRequest().listening() as stop, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_the_wall_clock_limit_is_a_request(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    stop = StopRequest(wall_clock_minutes=2)
+    now[0] += 119
+    assert stop.reason is None
+    now[0] += 1
+    assert stop.reason == "train.wall_clock_minutes = 2 is over"
+
+
+def _hold_lock(folder, ready, release):
+    with run_lock(folder):
+        ready.set()
+        release.wait(20)
+
+
+def test_a_folder_in_use_is_refused_and_a_dead_holder_leaves_no_lock(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, release = context.Event(), context.Event()
+    holder = context.Process(target=_hold_lock, args=(tmp_path, ready, release))
+    holder.start()
+    assert ready.wait(20)
+    with pytest.raises(UserError, match=f"is in use by process {holder.pid} on "), run_lock(tmp_path):
+        pass
+    holder.kill()
+    holder.join()
+    assert json.loads((tmp_path / "lock").read_text())["pid"] == holder.pid  # stale, as after a crash
+    with run_lock(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_skipped_pairs_are_counted_and_too_many_in_a_row_stop_the_run():
+    skips = SkipCounter(limit=3, skipped=[], in_row=0)
+    for pair, finite in enumerate([True, False, False, True, False, False]):
+        skips.record(pair, finite)
+    assert skips.skipped == [1, 2, 4, 5] and skips.in_row == 2
+    with pytest.raises(UserError, match=r"3 pairs in a row .*train.max_skipped = 3; the last is pair 7"):
+        skips.record(6, False)
