@@ -182,8 +182,9 @@ def _paragraph_records(file: IO[bytes]) -> Iterator[Record]:
 
 
 def _parquet_records(path: Path, text_field: str) -> Iterator[tuple[Record, int]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    with _library_named(path):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
     size = path.stat().st_size
     with pq.ParquetFile(path) as table:
@@ -209,7 +210,7 @@ def _decompressed(path: Path, stored: IO[bytes]) -> Iterator[IO[bytes]]:
         with gzip.open(stored) as file:
             yield file  # type: ignore[misc]
     elif path.suffix == ".zst":
-        with io.BufferedReader(_ZstdFile(stored), _CHUNK_BYTES) as file:
+        with io.BufferedReader(_ZstdFile(path, stored), _CHUNK_BYTES) as file:
             yield file
     else:
         yield stored
@@ -218,8 +219,9 @@ def _decompressed(path: Path, stored: IO[bytes]) -> Iterator[IO[bytes]]:
 class _ZstdFile(io.RawIOBase):
     """Zstandard frames, one after the other. Unlike the library's own reader it notices a file that ends inside a frame."""
 
-    def __init__(self, stored: IO[bytes]):
-        import zstandard
+    def __init__(self, path: Path, stored: IO[bytes]):
+        with _library_named(path):
+            import zstandard
 
         self._stored = stored
         self._make_frame = zstandard.ZstdDecompressor().decompressobj
@@ -249,6 +251,14 @@ class _ZstdFile(io.RawIOBase):
         self._input = b""
         if self._frame.eof:
             self._input, self._frame = self._frame.unused_data, None
+
+
+@contextmanager
+def _library_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{path}: reading it needs the package {error.name}: pip install 'megarat[data]'") from None
 
 
 @contextmanager
