@@ -157,7 +157,7 @@ def dilated_attention(
     unsupported = _unsupported(q_BTHK, k_BTHK, v_BTHK, document_ids_BT)
     kernels = choose_backend("dilated_attention", backend, q_BTHK, unsupported) == "triton"
     groups = group_heads(pattern, q_BTHK.shape[2])
-    parts = []
+    parts: list[tuple[Tensor, Tensor | None]] = []
     for one_pattern, heads in groups:
         q, k, v = (_take_heads(x, heads) for x in (q_BTHK, k_BTHK, v_BTHK))
         gate = None if output_gate_BTHK is None else _take_heads(output_gate_BTHK, heads)

@@ -13,6 +13,8 @@ Backward, three launches, each writing what it alone owns:
 Scores are kept in units of log 2. Letters: B batch, T length, H heads, K channels, F far keys, M queries of a tile, N keys of a tile.
 """
 
+# mypy: disable-error-code="no-untyped-def,assignment"
+# (the Triton language has no Python types)
 from __future__ import annotations
 
 from typing import Any
@@ -278,7 +280,6 @@ def _add_far_kernel(
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=c < C)
 
 
-
 def _pack_far(x_BTHK: Tensor, pattern: tuple[int, int, int]) -> Tensor:
     """The far list (B, F, H, K) of keys or values: a strided view if it is dilated tokens only, else a copy."""
     dilation, _, initial = pattern
@@ -401,6 +402,7 @@ class DilatedAttention(torch.autograd.Function):
         pattern: tuple[int, int, int],
         scale: float,
     ) -> tuple[Tensor, Tensor]:
+        """Launches the forward and keeps its inputs and per-row results."""
         out_BTHK, lse_BHT = attention_forward(q_BTHK, k_BTHK, v_BTHK, gate_BTHK, pattern, scale)
         ctx.save_for_backward(q_BTHK, k_BTHK, v_BTHK, gate_BTHK, out_BTHK, lse_BHT)
         ctx.pattern, ctx.scale = pattern, scale
@@ -410,6 +412,7 @@ class DilatedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_BTHK: Tensor | None, dlse_BHT: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Launches the backward."""
         q_BTHK, k_BTHK, v_BTHK, gate_BTHK, out_BTHK, lse_BHT = ctx.saved_tensors
         dout_BTHK = torch.zeros_like(out_BTHK) if dout_BTHK is None else dout_BTHK
         dout_BTHK = dout_BTHK if dout_BTHK.stride(-1) == 1 else dout_BTHK.contiguous()

@@ -17,6 +17,8 @@ The backward is the same machine with time reversed; it recomputes the forward a
 front of every backward block (0.125 bytes per element and byte of state).
 """
 
+# mypy: disable-error-code="no-untyped-def,assignment"
+# (the Triton language has no Python types)
 from __future__ import annotations
 
 from typing import Any
@@ -346,12 +348,9 @@ def _backward_kernel(
     )  # fmt: skip
 
 
-def pair_block(head_dim: int) -> int | None:
-    """Rotary pairs per program: the largest power of two up to 32 that divides K / 2, or None below 8 (rows too short)."""
-    for pairs in (32, 16, 8):
-        if head_dim % (2 * pairs) == 0:
-            return pairs
-    return None
+def pair_block(head_dim: int) -> int:
+    """Rotary pairs per program: the largest of 32, 16 and 8 that divides K / 2 (K is a multiple of 16)."""
+    return next(pairs for pairs in (32, 16, 8) if head_dim % (2 * pairs) == 0)
 
 
 def _strides(*tensors_BTHK: Tensor) -> list[int]:
@@ -454,6 +453,7 @@ class GatedScan(torch.autograd.Function):
         out_dtype: torch.dtype,
         save: bool,
     ) -> tuple[Tensor, ...]:
+        """Launches the forward and keeps its inputs and per-row results."""
         start = None if start_k_BHK is None or start_v_BHK is None else (start_k_BHK, start_v_BHK)
         k_out, v_out, last, saved = scan_forward(k_BTHK, v_BTHK, g_BTHK, cos, sin, start, starts_BT, out_dtype, save)
         ctx.save_for_backward(k_BTHK, v_BTHK, g_BTHK, cos, sin, starts_BT, saved)
@@ -465,6 +465,7 @@ class GatedScan(torch.autograd.Function):
     def backward(
         ctx: Any, dk_out_BTHK: Tensor, dv_out_BTHK: Tensor, dlast_k_BHK: Tensor, dlast_v_BHK: Tensor
     ) -> tuple[Tensor | None, ...]:
+        """Launches the backward."""
         k_BTHK, v_BTHK, g_BTHK, cos, sin, starts_BT, saved = ctx.saved_tensors
         dk_out_BTHK, dv_out_BTHK = (d if d.stride(-1) == 1 else d.contiguous() for d in (dk_out_BTHK, dv_out_BTHK))
         dk, dv, dg, dstart = scan_backward(

@@ -1,0 +1,171 @@
+"""Sweeps the kernels' tile tables: `python -m benchmarks.tune [--only NAME] [--compile I/N]`.
+
+The winners are written by hand into the tables at the top of each kernel module, so that nothing is ever tuned inside a training step
+and every rank makes the same choice. `--compile I/N` only compiles every N-th variant at a small shape, to fill Triton's cache from
+several processes before the timing run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.measure import measure_ceilings, time_cuda
+from megarat.ops import rotary_tables
+from megarat.ops.kernels import dilated_attention as attention
+from megarat.ops.kernels import gated_scan as scan
+
+Variant = tuple[str, Callable[[], object]]
+
+SCAN_FORWARD = [
+    (16, 8, 4),
+    (16, 4, 4),
+    (8, 8, 2),
+    (8, 8, 4),
+    (32, 4, 8),
+    (32, 8, 8),
+    (32, 4, 4),
+    (16, 4, 2),
+    (16, 16, 8),
+    (8, 16, 4),
+]
+SCAN_BACKWARD = [
+    (16, 4, 4),
+    (16, 4, 8),
+    (8, 4, 2),
+    (8, 8, 4),
+    (8, 4, 4),
+    (16, 2, 4),
+    (8, 8, 8),
+    (16, 8, 8),
+    (32, 2, 8),
+    (8, 2, 2),
+]
+ATTENTION_FORWARD = [
+    (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2), (64, 32, 4, 3), (128, 32, 8, 3),
+    (64, 128, 4, 2), (128, 128, 8, 3),
+]  # fmt: skip
+QUERIES = [(64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2), (128, 32, 8, 2), (64, 32, 4, 3), (32, 64, 4, 2)]
+KEYS = [
+    (64, 64, 4, 2),
+    (64, 128, 8, 2),
+    (128, 64, 8, 2),
+    (32, 64, 4, 2),
+    (64, 64, 8, 2),
+    (32, 128, 8, 2),
+    (32, 128, 8, 3),
+    (32, 64, 4, 3),
+]
+
+
+def projections(count: int, batch: int, length: int) -> tuple[torch.Tensor, ...]:
+    """`count` tensors (B, T, 16, 128) bf16, slices of one fused projection as in the model."""
+    return torch.randn(batch, length, count, 16, 128, device="cuda", dtype=torch.bfloat16).unbind(2)
+
+
+def with_table(module: Any, name: str, value: tuple[int, ...], run: Callable[[], object]) -> Callable[[], object]:
+    def call() -> object:
+        kept = getattr(module, name)
+        setattr(module, name, value)
+        try:
+            return run()
+        finally:
+            setattr(module, name, kept)
+
+    return call
+
+
+def scan_variants(batch: int, length: int) -> Iterator[Variant]:
+    k, v, g = projections(3, batch, length)
+    dk, dv = projections(2, batch, length)
+    cos, sin = rotary_tables(torch.arange(length, device="cuda"), 128)
+    last = torch.zeros(2, batch, 16, 128, device="cuda").unbind(0)
+
+    def forward(save: bool = False) -> tuple[torch.Tensor, ...]:
+        return scan.scan_forward(k, v, g, cos, sin, None, None, torch.bfloat16, save)
+
+    for tile in SCAN_FORWARD:
+        yield f"scan forward {batch}x{length} {tile}", with_table(scan, "FORWARD_TILE", tile, forward)
+    for tile in SCAN_BACKWARD:
+        saved = with_table(scan, "BACKWARD_TILE", tile, lambda: forward(True))()[3]
+
+        def backward(saved: torch.Tensor = saved) -> object:
+            return scan.scan_backward(k, v, g, cos, sin, None, saved, dk, dv, last)
+
+        yield f"scan backward {batch}x{length} {tile}", with_table(scan, "BACKWARD_TILE", tile, backward)
+
+
+def attention_variants(batch: int, length: int, pattern: tuple[int, int, int], backward: bool) -> Iterator[Variant]:
+    q, k, v, dout = (x.contiguous() for x in projections(4, batch, length))
+    label = f"{batch}x{length} {pattern}"
+    for tile in ATTENTION_FORWARD:
+        run = with_table(attention, "FORWARD_TILE", tile, lambda: attention.attention_forward(q, k, v, None, pattern, 0.088))
+        yield f"attention forward {label} {tile}", run
+    if not backward:
+        return
+    out, lse = attention.attention_forward(q, k, v, None, pattern, 0.088)
+
+    def run_backward() -> object:
+        return attention.attention_backward(q, k, v, None, out, lse, dout, None, pattern, 0.088)
+
+    for tile in QUERIES:
+        yield f"attention backward queries {label} {tile}", with_table(attention, "QUERY_TILE", tile, run_backward)
+    for tile in KEYS:
+        yield f"attention backward keys {label} {tile}", with_table(attention, "KEY_TILE", tile, run_backward)
+
+
+def all_variants(small: bool) -> Iterator[Variant]:
+    """Every variant at its real shapes, or once at a small shape with the same compiled code."""
+    batch, length = (2, 1024) if small else (8, 4096)
+    yield from scan_variants(batch, length)
+    yield from attention_variants(batch, length, (64, 0, 0), backward=True)
+    yield from attention_variants(batch, length, (16, 256, 4), backward=True)
+    yield from scan_variants(1, 4096 if small else 131072)
+    if not small:
+        yield from attention_variants(batch, length, (16, 0, 0), backward=True)
+        yield from attention_variants(1, 131072, (16, 0, 0), backward=False)
+        yield from attention_variants(1, 131072, (64, 0, 0), backward=False)
+
+
+def compile_share(share: str) -> None:
+    index, shares = (int(part) for part in share.split("/"))
+    for number, (_, run) in enumerate(all_variants(small=True)):
+        if number % shares == index:
+            attempt(run)
+    torch.cuda.synchronize()
+
+
+def attempt(run: Callable[[], object]) -> str | None:
+    """Runs it; the reason if this GPU cannot (too much shared memory, say)."""
+    try:
+        run()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:100]}"
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--compile", metavar="I/N", help="only compile this share of the variants")
+    arguments = parser.parse_args()
+    if arguments.compile:
+        compile_share(arguments.compile)
+        return
+    ceilings = measure_ceilings()
+    print(f"copy {ceilings.bytes_per_s / 1e12:.2f} TB/s, bf16 product {ceilings.flop_per_s / 1e12:.0f} TFLOP/s")
+    began = time.time()
+    for name, run in all_variants(small=False):
+        if arguments.only in name:
+            failure = attempt(run)
+            print(
+                f"{time.time() - began:6.1f} {name}: {failure or f'{time_cuda(run, budget_ms=30.0).median:.3f} ms'}", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

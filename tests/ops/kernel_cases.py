@@ -1,0 +1,203 @@
+"""The Triton kernels against float64 oracles, on whatever runs them: the interpreter (small shapes, fp32) or a GPU (also bf16).
+
+pytest does not collect this file by its name. `tests/ops/test_interpreter.py` runs it in a process with TRITON_INTERPRET=1, which must
+be set before Triton is imported, and `tests/gpu/test_kernels.py` runs it on a GPU.
+
+Tolerances are relative errors ||x - oracle|| / ||oracle||. fp32: 2e-6, some ten roundings of 2^-24. bf16 (inputs are rounded before the
+oracle sees them): 4e-3 for outputs, one rounding of at most 2^-9 = 2e-3 of the result and one of the softmax weights; 1e-2 for
+gradients, through which two more rounded intermediates pass.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from megarat.ops import ScanState, dilated_attention, gated_scan, rotary_tables
+from megarat.ops.dilated_attention import dilated_attention_ref
+from megarat.ops.gated_scan import gated_scan_ref
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: (2e-6, 5e-6), torch.bfloat16: (4e-3, 1e-2)}  # outputs, gradients
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fresh floating tensors hold NaN, so an element a kernel does not write is seen."""
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
+
+        def poisoned(*args, real=real, **kwargs):
+            x = real(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        monkeypatch.setattr(torch, name, poisoned)
+    torch.manual_seed(torch.seed() % 2**31)
+
+
+def relative_error(x: torch.Tensor, oracle: torch.Tensor) -> float:
+    return float((x.double() - oracle).norm() / oracle.norm().clamp_min(1e-30))
+
+
+def assert_close(results, oracles, dtype, outputs):
+    """The first `outputs` results by the tolerance of outputs, the others by that of gradients."""
+    for index, (x, oracle) in enumerate(zip(results, oracles, strict=True)):
+        limit = TOLERANCE[dtype][index >= outputs]
+        error = relative_error(x.detach(), oracle.detach())
+        assert error <= limit, f"result {index}: relative error {error:.2e} > {limit:.0e}"
+
+
+# --- gated scan ---------------------------------------------------------------------------------------------------------------
+# B, T, H, K, initial state, document starts, rotary, gate logits: T = 1, one block, several blocks with a ragged end, whole blocks;
+# "mixed" gates are N(0, 3^2), the others the extremes.
+SCAN_SMALL = [
+    (1, 1, 1, 16, False, False, True, "mixed"),
+    (2, 37, 2, 16, True, True, True, "mixed"),
+    (1, 150, 1, 32, True, False, True, "mixed"),
+    (1, 128, 1, 16, False, False, False, "closed"),
+    (1, 70, 1, 16, True, False, True, "open"),
+    (1, 70, 1, 16, True, False, True, "slow"),
+]
+SCAN_LARGE = [
+    (2, 1000, 3, 128, True, True, True, "mixed"),
+    (3, 4096, 2, 64, False, False, True, "mixed"),
+    (1, 20011, 2, 128, True, False, True, "slow"),
+    (2, 777, 1, 128, True, False, False, "closed"),
+    (2, 777, 1, 128, True, False, True, "open"),
+]
+GATE_LOGIT = {"closed": -30.0, "open": 30.0, "slow": 16.118}  # gates 1e-13, 1 - 1e-13, 1 - 1e-7
+
+
+def scan_inputs(case, dtype):
+    batch, length, heads, channels, initial, documents, rotary, gates = case
+    projection = torch.randn(batch, length, 3, heads, channels, device=DEVICE)
+    projection[:, :, 2] = GATE_LOGIT[gates] if gates in GATE_LOGIT else 3 * projection[:, :, 2]
+    state = torch.randn(2, batch, heads, channels, device=DEVICE) if initial else None
+    starts = torch.rand(batch, length, device=DEVICE) < 0.05 if documents else None
+    tables = rotary_tables(torch.arange(length, device=DEVICE), channels) if rotary else (None, None)
+    return projection.to(dtype), state, starts, tables
+
+
+def run_scan(scan, dtype, projection, state, starts, tables, weights, **options):
+    """Outputs, final states and every gradient of a random weighting of them all; k, v and g are slices of one tensor."""
+    projection = projection.to(dtype).requires_grad_()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    initial = None if state is None else ScanState(*(s.to(wide).requires_grad_() for s in state))
+    k, v, last = scan(*projection.unbind(2), *tables, initial_state=initial, document_starts_BT=starts, **options)
+    outputs = (k, v, *last)
+    loss = sum((x.double() * w).sum() for x, w in zip(outputs, weights, strict=True))
+    gradients = torch.autograd.grad(loss, (projection, *(initial or ())))
+    return (*outputs, *gradients[0].unbind(2), *gradients[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SCAN_SMALL + ([] if INTERPRETED else SCAN_LARGE), ids=str)
+def test_gated_scan_and_all_its_gradients_match_float64(case, dtype):
+    batch, length, heads, channels = case[:4]
+    inputs = scan_inputs(case, dtype)
+    shapes = [(batch, length, heads, channels)] * 2 + [(batch, heads, channels)] * 2
+    weights = [torch.randn(shape, device=DEVICE, dtype=torch.float64).to(dtype).double() for shape in shapes]
+    oracle = gated_scan_ref if length <= 200 else lambda *a, **o: gated_scan(*a, **o, backend="reference")
+    expected = run_scan(oracle, torch.float64, *inputs, weights)
+    found = run_scan(gated_scan, dtype, *inputs, weights, backend="triton")
+    # the gradient through a nearly closed gate is tiny beside what cancels in it: compare against the weight of its terms
+    found, expected = list(found), list(expected)
+    if case[-1] in GATE_LOGIT:
+        del found[6], expected[6]
+    assert_close(found, expected, dtype, outputs=4)
+
+
+def test_two_halves_with_carried_state_equal_one_scan():
+    k, v, g = torch.randn(1, 100, 3, 1, 32, device=DEVICE).unbind(2)
+    cos, sin = rotary_tables(torch.arange(100, device=DEVICE), 32)
+    whole_k, whole_v, whole_state = gated_scan(k, v, g, cos, sin, backend="triton")
+    first_k, first_v, state = gated_scan(k[:, :41], v[:, :41], g[:, :41], cos[:41], sin[:41], backend="triton")
+    second_k, second_v, state = gated_scan(
+        k[:, 41:], v[:, 41:], g[:, 41:], cos[41:], sin[41:], initial_state=state, backend="triton"
+    )
+    halves = (torch.cat((first_k, second_k), 1), torch.cat((first_v, second_v), 1), *state)
+    assert_close(halves, [x.double() for x in (whole_k, whole_v, *whole_state)], torch.float32, outputs=4)
+
+
+def test_infinite_gates_hold_the_state_bit_for_bit_with_finite_gradients():
+    k, v, g = (x.clone() for x in torch.randn(1, 90, 3, 1, 16, device=DEVICE).unbind(2))
+    g[:, 40:] = float("inf")
+    k, v, g = (x.requires_grad_() for x in (k, v, g))
+    k_out, v_out, state = gated_scan(k, v, g, backend="triton")
+    unpadded = gated_scan(k[:, :40], v[:, :40], g[:, :40], backend="triton")
+    assert torch.equal(state.k_BHK, unpadded[2].k_BHK)
+    assert torch.equal(state.v_BHK, unpadded[2].v_BHK)
+    torch.testing.assert_close(v_out[:, 40:], v_out[:, 39:40].expand(-1, 50, -1, -1), rtol=0, atol=1e-6)
+    for gradient in torch.autograd.grad((k_out + v_out).sum(), (k, v, g)):
+        assert gradient.isfinite().all()
+        assert (gradient[:, 40:] == 0).all()
+
+
+def test_row_tables_rotate_each_row_by_its_own_positions():
+    k, v, g = torch.randn(2, 20, 3, 1, 16, device=DEVICE).unbind(2)
+    positions = torch.stack((torch.arange(20), torch.arange(20) + 1000)).to(DEVICE)
+    cos, sin = rotary_tables(positions, 16)
+    found = gated_scan(k, v, g, cos, sin, backend="triton")[0]
+    expected = gated_scan_ref(k.double(), v.double(), g.double(), cos.double(), sin.double())[0]
+    assert relative_error(found, expected) < 2e-6
+
+
+# --- dilated attention --------------------------------------------------------------------------------------------------------
+# B, T, H, K, pattern, gated. Dilation, window and initial part each absent, each alone, each larger than the sequence, and together.
+ATTENTION_SMALL = [
+    (1, 1, 1, 16, (4, 0, 0), False),
+    (2, 70, 2, 16, (4, 0, 0), True),
+    (1, 150, 1, 32, (5, 20, 7), True),
+    (1, 150, 1, 16, (-1, 20, 7), False),
+    (1, 100, 1, 16, (64, 3, 0), False),
+    (1, 100, 1, 16, (1, 0, 0), False),
+    (1, 100, 1, 16, (200, 0, 150), False),
+    (1, 100, 1, 16, (3, 150, 40), False),
+]
+ATTENTION_LARGE = [
+    (2, 1000, 3, 128, (64, 0, 0), True),
+    (2, 1000, 3, 128, (16, 0, 0), False),
+    (1, 1511, 2, 128, (16, 256, 4), True),
+    (1, 1511, 2, 64, (16, 100, 130), False),
+    (1, 2048, 1, 128, (-1, 300, 4), False),
+    (1, 1024, 2, 64, (4096, 0, 0), False),
+    (1, 1024, 2, 128, (1, 0, 0), False),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ATTENTION_SMALL + ([] if INTERPRETED else ATTENTION_LARGE), ids=str)
+def test_dilated_attention_and_all_its_gradients_match_float64(case, dtype):
+    batch, length, heads, channels, pattern, gated = case
+    projection = torch.randn(batch, length, 4, heads, channels, device=DEVICE).to(dtype)
+    dout = torch.randn(batch, length, heads, channels, device=DEVICE).to(dtype).double()
+    dlse = torch.randn(batch, length, heads, device=DEVICE, dtype=torch.float64)
+
+    def run(compute):
+        inputs = projection.to(compute).requires_grad_()
+        q, k, v, gate = inputs.unbind(2)
+        if compute == torch.float64:
+            out, lse = dilated_attention_ref(q, k, v, pattern)
+            out = out * torch.sigmoid(gate) if gated else out
+        else:
+            gate = gate if gated else None
+            out, lse = dilated_attention(q, k, v, pattern, output_gate_BTHK=gate, return_lse=True, backend="triton")
+        (gradient,) = torch.autograd.grad((out.double() * dout).sum() + (lse.double() * dlse).sum(), inputs)
+        return (out, lse, *gradient.unbind(2))
+
+    assert_close(run(dtype), run(torch.float64), dtype, outputs=2)
+
+
+def test_heads_of_different_patterns_are_attended_apart_and_put_back_in_order():
+    q, k, v = torch.randn(1, 60, 3, 4, 16, device=DEVICE).unbind(2)
+    patterns = [(4, 0, 0), (1, 0, 0), (4, 0, 0), (-1, 5, 2)]
+    out, lse = dilated_attention(q, k, v, patterns, return_lse=True, backend="triton")
+    for head, pattern in enumerate(patterns):
+        one = slice(head, head + 1)
+        expected = dilated_attention_ref(q[:, :, one].double(), k[:, :, one].double(), v[:, :, one].double(), pattern)
+        assert relative_error(out[:, :, one], expected[0]) < 2e-6
+        assert relative_error(lse[:, :, one], expected[1]) < 2e-6
