@@ -138,8 +138,10 @@ def _field_of_line(line: str, text_field: str) -> str:
     text = values[text_field]
     if not isinstance(text, str):
         raise BadRecord(f"field {text_field!r} is {text!r:.60}, expected a string")
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadRecord(f"field {text_field!r} holds half a surrogate pair, which is no text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # JSON's \\u escapes can spell it
+        raise BadRecord(f"field {text_field!r} holds half a surrogate pair, which is no text") from None
     return text
 
 
