@@ -140,7 +140,7 @@ def _field_of_line(line: str, text_field: str) -> str:
         raise BadRecord(f"field {text_field!r} is {text!r:.60}, expected a string")
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # JSON's \\u escapes can spell it
+    except UnicodeEncodeError:  # JSON's escapes can spell it
         raise BadRecord(f"field {text_field!r} holds half a surrogate pair, which is no text") from None
     return text
 
