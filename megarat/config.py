@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -199,9 +200,10 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the config {path}: {error}") from None
     try:
-        tree = yaml.load(text, Loader=_Loader) or {}
+        tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from None
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections such as 'model:' and 'train:', found {type(tree).__name__}")
     for override in overrides:
@@ -297,14 +299,22 @@ def get(config: Config, key: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads 8e-4 as a number (YAML 1.1 wants 8.0e-4)."""
+    """SafeLoader that refuses duplicate keys, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]  # type: ignore[no-untyped-call]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key!r} appears twice (line {node.start_mark.line + 1})")
+        seen: list[Any] = []
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.YAMLError(f"the key {key!r} appears twice (line {key_node.start_mark.line + 1})")
+            seen.append(key)
         return dict(super().construct_mapping(node, deep=deep))
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    return " ".join(str(error).split())
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -315,8 +325,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not valid YAML: {error}") from None
-    branch = tree.setdefault(section, {})
+        raise UserError(f"--set {override!r}: the value is not valid YAML: {_one_line(error)}") from None
+    if tree.get(section) is None:  # absent, or a section without keys
+        tree[section] = {}
+    branch = tree[section]
     if not isinstance(branch, dict):
         raise UserError(f"--set {override!r}: {section!r} is not a section")
     branch[name] = value
@@ -333,7 +345,7 @@ def _build(kind: type, tree: Any, source: str, prefix: str) -> Any:
             raise UserError(f"{source}: unknown key {prefix}{name}{_nearest(str(name), prefix, known)}")
         nested = dataclasses.is_dataclass(hints[name])
         values[name] = (
-            _build(hints[name], value or {}, source, f"{prefix}{name}.")
+            _build(hints[name], {} if value is None else value, source, f"{prefix}{name}.")
             if nested
             else _coerce(value, hints[name], source, prefix + name)
         )
@@ -341,14 +353,10 @@ def _build(kind: type, tree: Any, source: str, prefix: str) -> Any:
 
 
 def _nearest(name: str, prefix: str, known: Iterable[str]) -> str:
-    candidates = [prefix + item for item in known]
-    if prefix == "":
-        candidates += all_keys()
-    else:
-        candidates += [key for key in all_keys() if not key.startswith(prefix)]
-    match = difflib.get_close_matches(prefix + name, candidates, n=1, cutoff=0.5)
-    same_name = [key for key in all_keys() if key.endswith("." + name)]
-    best = same_name or match
+    """The same name in another section, else the most similar name in this one, else all names of this one."""
+    elsewhere = [key for key in all_keys() if key.endswith("." + name)]
+    similar = [prefix + match for match in difflib.get_close_matches(name, known, n=1)]
+    best = elsewhere or similar
     return f"; did you mean {best[0]}?" if best else f"; known keys here: {', '.join(sorted(known))}"
 
 
@@ -367,11 +375,8 @@ def _coerce(value: Any, hint: Any, source: str, key: str) -> Any:
         return value
     if origin in (Union, types.UnionType):  # attention.pattern: a string, or nested lists of strings
         return _coerce_pattern(value, source, key)
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
+    if hint is float:
+        return _coerce_number(value, source, key)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
@@ -379,7 +384,18 @@ def _coerce(value: Any, hint: Any, source: str, key: str) -> Any:
     return value
 
 
-_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+def _coerce_number(value: Any, source: str, key: str) -> float:
+    """A finite float; text is tried because YAML 1.1 reads 8e-4, without a dot, as text."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{source}: {key} is {value!r}; it must be a finite number")
+    return number
+
+
+_TYPE_NAMES = {int: "an integer", bool: "true or false", str: "a string"}
 
 
 def _coerce_pattern(value: PatternSpec, source: str, key: str) -> PatternSpec:
