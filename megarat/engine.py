@@ -40,6 +40,7 @@ NamedState = dict[str, dict[str, Tensor]]  # kind -> logical name -> fp32 tensor
 
 MASTER, FIRST_MOMENT, SECOND_MOMENT = STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
+_BUCKET_ELEMENTS = 500_000_000  # gradients reduced, or weights gathered, at a time (DeepSpeed's own default)
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -65,7 +66,8 @@ class Engine:
         initial = {name: parameter.data for name, parameter in model.named_parameters()}
         self._shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
         optimizer = _adamw(_parameter_groups(model, config.optim), config.optim, mesh.device)
-        settings = _deepspeed_config(config, self.precision, self.micro_batches)
+        parameters = sum(tensor.numel() for tensor in initial.values())
+        settings = _deepspeed_config(config, self.precision, self.micro_batches, parameters)
         with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory use
             self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self._adamw = optimizer
@@ -272,12 +274,13 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _deepspeed_config(config: Config, precision: str, micro_batches: int) -> dict[str, Any]:
+def _deepspeed_config(config: Config, precision: str, micro_batches: int, parameters: int) -> dict[str, Any]:
+    bucket = min(parameters, _BUCKET_ELEMENTS)  # ZeRO allocates a whole bucket however small the model is
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": config.optim.clip,
-        "zero_optimization": {"stage": config.parallel.zero},
+        "zero_optimization": {"stage": config.parallel.zero, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -300,12 +303,12 @@ def _parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, An
 def _adamw(groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW: torch's (fused on a GPU), or apex's FusedAdam where NVIDIA's apex is installed."""
     settings: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
-    if device.type == "cuda" and (fused_adam := _apex_fused_adam()):
+    if device.type == "cuda" and (fused_adam := apex_fused_adam()):
         return fused_adam(groups, adam_w_mode=True, **settings)  # type: ignore[no-any-return]
     return torch.optim.AdamW(groups, fused=device.type == "cuda", **settings)
 
 
-def _apex_fused_adam() -> Any:
+def apex_fused_adam() -> Any:
     """NVIDIA's FusedAdam, or None. PyPI's package of the name apex is another project and has no ``optimizers``."""
     try:
         importlib.import_module("amp_C")  # NVIDIA's CUDA extension, without which FusedAdam cannot step

@@ -50,7 +50,7 @@ class Scale:
     global_batch: int
     micro_batch: int
     lr: float
-    text_mb: float
+    text_mb: int
     pretrain_seconds: float
     most_pairs: int
     eval_tokens: int
@@ -138,12 +138,11 @@ def _fetch(folder: Path, texts: Sequence[str], tokenizer: str | None, scale: Sca
             Path(tokenizer),
             [f"text given: {', '.join(texts)}", f"tokenizer given: {tokenizer}"],
         )
-    fetched = corpus.fetch(folder / "packages", text_mb=scale.text_mb)
-    sources = list(fetched.sources)
-    documents = [Path(text) for text in texts] or list(fetched.documents)
-    for line in sources:
+    fetched = corpus.fetch(folder / "packages", limit_bytes=scale.text_mb * 1_000_000)
+    for line in fetched.licences:
         print(f"  {line}")
-    return documents, Path(tokenizer) if tokenizer else fetched.tokenizer, sources
+    documents = [Path(text) for text in texts] or [fetched.text]
+    return documents, Path(tokenizer) if tokenizer else fetched.tokenizer, list(fetched.licences)
 
 
 def _build_shards(folder: Path, documents: list[Path], tokenizer: Path) -> None:
