@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megarat.checkpoint import names
 from megarat.config import ModelConfig
 from megarat.errors import UserError
 from megarat.model.pattern import Pattern
@@ -33,6 +35,8 @@ _STORAGE_DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+
+_MIXER_SETTINGS = ("model", "backbone", "seq_cell")  # where the published config describes the mixer
 
 # Published module -> logical name; the mixer's fused projection is handled apart.
 _BLOCK_NAMES = {
@@ -57,14 +61,15 @@ def read_upstream(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dic
     settings: Mapping[str, Any] = saved["config"] if isinstance(saved.get("config"), Mapping) else {}
     weights, recurrence = _rename(published, path)
     config = _infer_shape(weights, recurrence, settings, path)
-    return config, weights, {"step": saved.get("step"), "pattern": _published_pattern(settings, config.layers)}
+    _check_shapes(weights, config, path)
+    return config, weights, {"step": saved.get("step"), "pattern": _published_pattern(settings, config.layers, path)}
 
 
 def _read_weights(task: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
     """The weights by published name, without the prefix that torch.compile adds."""
     try:
-        return {name.replace("_orig_mod.", ""): lazy.read() for name, lazy in task.items() if isinstance(lazy, _LazyTensor)}
-    except (zipfile.BadZipFile, OSError, KeyError, RuntimeError) as error:
+        return {str(name).replace("_orig_mod.", ""): lazy.read() for name, lazy in task.items() if isinstance(lazy, _LazyTensor)}
+    except (zipfile.BadZipFile, zlib.error, OSError, KeyError, RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: damaged weights: {error}") from None
 
 
@@ -78,6 +83,10 @@ def _rename(published: dict[str, Tensor], path: str | Path) -> tuple[dict[str, T
         return remaining.pop(name)
 
     weights = {"embedding.weight": take("embedding.wte.weight"), "norm.weight": take("backbone.ln.weight")}
+    if weights["embedding.weight"].dim() != 2:
+        raise UserError(
+            f"{path}: embedding.wte.weight is {tuple(weights['embedding.weight'].shape)}; expected (vocabulary, width)"
+        )
     head = remaining.pop("head.lm_head.weight", weights["embedding.weight"])
     if not torch.equal(head, weights["embedding.weight"]):
         raise UserError(f"{path}: head.lm_head.weight differs from embedding.wte.weight; megarat's models tie them")
@@ -90,6 +99,11 @@ def _rename(published: dict[str, Tensor], path: str | Path) -> tuple[dict[str, T
         old, new = f"backbone.layers.{layer}.", f"layers.{layer}."
         fused = take(f"{old}seq_layer.in_proj.weight")
         gate = remaining.pop(f"{old}seq_layer.fgate_proj.weight", None)
+        if gate is not None and (gate.shape != (width, width) or fused.shape != (4 * width, width)):
+            raise UserError(
+                f"{path}: {old}seq_layer.fgate_proj.weight is {tuple(gate.shape)} beside an in_proj.weight of {tuple(fused.shape)};"
+                f" expected ({width}, {width}) and ({4 * width}, {width})"
+            )
         rows = fused if gate is None else torch.cat([fused, gate])
         if rows.shape not in ((4 * width, width), (5 * width, width)):
             raise UserError(
@@ -105,17 +119,28 @@ def _rename(published: dict[str, Tensor], path: str | Path) -> tuple[dict[str, T
     return weights, recurrence
 
 
-def _count_layers(names: Mapping[str, Tensor]) -> int:
-    return len({name.split(".")[2] for name in names if name.startswith("backbone.layers.")})
+def _count_layers(published: Mapping[str, Tensor]) -> int:
+    return len({name.split(".")[2] for name in published if name.startswith("backbone.layers.")})
+
+
+def _check_shapes(weights: Mapping[str, Tensor], config: ModelConfig, path: str | Path) -> None:
+    """The weights are those of one model: the tensors and shapes that its width and number of layers ask for."""
+    shapes = names.logical_shapes(config)
+    for name in {**shapes, **weights}:
+        found, needed = (tuple(weights[name].shape) if name in weights else "missing"), shapes.get(name, "none")
+        if found != needed:
+            raise UserError(f"{path}: {name} is {found}; the model of the other weights needs {needed}")
 
 
 def _infer_shape(weights: Mapping[str, Tensor], recurrence: bool, settings: Mapping[str, Any], path: str | Path) -> ModelConfig:
     vocab, width = weights["embedding.weight"].shape
-    cell = _lookup(settings, "model", "backbone", "seq_cell") or {}
-    heads = cell.get("num_head") or (width // 128 if width % 128 == 0 else None)
-    if not heads or width % heads:
-        raise UserError(f"{path}: cannot tell the number of heads of width {width} (found num_head = {cell.get('num_head')!r})")
-    rotary = _lookup(settings, "model", "embedding", "pe") or {}
+    told = _lookup(settings, *_MIXER_SETTINGS, "num_head")
+    heads = told or (width // 128 if width % 128 == 0 else None)
+    if not isinstance(heads, int) or heads < 1 or width % (2 * heads):
+        raise UserError(f"{path}: cannot tell the number of heads of width {width} (found num_head = {told!r})")
+    base = _lookup(settings, "model", "embedding", "pe", "base") or 10000
+    if not isinstance(base, (int, float)):
+        raise UserError(f"{path}: the rotary base in its config is {base!r}; expected a number")
     return ModelConfig(
         layers=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers.")),
         hidden=width,
@@ -123,21 +148,24 @@ def _infer_shape(weights: Mapping[str, Tensor], recurrence: bool, settings: Mapp
         vocab=vocab,
         ffn_multiple=weights["layers.0.ffn.up.weight"].shape[0] // width,
         recurrence=recurrence,
-        rope_base=float(rotary.get("base", 10000)),
+        rope_base=float(base),
     )
 
 
-def _published_pattern(settings: Mapping[str, Any], layers: int) -> str | list[str]:
+def _published_pattern(settings: Mapping[str, Any], layers: int, path: str | Path) -> str | list[str]:
     """The pattern the weights were last trained for: dense after joint training, else the (D, W, I) of the file, perhaps a list a layer."""
-    cell = _lookup(settings, "model", "backbone", "seq_cell") or {}
-    sizes = [cell.get(key, default) for key, default in (("dilation_size", 1), ("local_size", 0), ("initial_size", 0))]
-    if cell.get("joint_train", True):
+    if _lookup(settings, *_MIXER_SETTINGS, "joint_train") in (None, True):
         return "dense"
-    if not any(isinstance(size, (list, tuple)) for size in sizes):
-        return str(Pattern(*sizes))
-    return [
-        str(Pattern(*(size[layer] if isinstance(size, (list, tuple)) else size for size in sizes))) for layer in range(layers)
-    ]
+    columns = []
+    for key, default in (("dilation_size", 1), ("local_size", 0), ("initial_size", 0)):
+        value = _lookup(settings, *_MIXER_SETTINGS, key)
+        value = default if value is None else value
+        column = list(value)[:layers] if isinstance(value, (list, tuple)) else [value] * layers
+        if len(column) < layers or not all(isinstance(size, int) for size in column):
+            raise UserError(f"{path}: {key} in its config is {value!r}; expected an integer or one for each of {layers} layers")
+        columns.append(column)
+    per_layer = [str(Pattern(*sizes).checked()) for sizes in zip(*columns, strict=True)]
+    return per_layer[0] if len(set(per_layer)) == 1 else per_layer
 
 
 def _lookup(tree: Any, *keys: str) -> Any:
@@ -156,6 +184,12 @@ class _Inert(dict):  # type: ignore[type-arg]
         if isinstance(state, dict):
             self.update(state)
 
+    def append(self, item: Any) -> None:
+        """Takes the items of pickled lists, sets and queues of foreign classes, and forgets them."""
+
+    def extend(self, items: Any) -> None:
+        """As ``append``."""
+
 
 class _LazyTensor(NamedTuple):
     """Where a tensor lies in the file; optimizer moments beside the weights are never read."""
@@ -170,12 +204,14 @@ class _LazyTensor(NamedTuple):
     def read(self) -> Tensor:
         """The tensor itself, contiguous, on the CPU."""
         with zipfile.ZipFile(self.path) as archive:
-            flat = torch.frombuffer(bytearray(archive.read(self.member)), dtype=self.dtype)
+            content = bytearray(archive.read(self.member))
+        elements = len(content) // self.dtype.itemsize
         last = self.offset + sum((length - 1) * step for length, step in zip(self.size, self.stride, strict=True))
-        if min(self.offset, *self.size, *self.stride, 0) < 0 or last >= max(flat.numel(), 1):
+        if min(self.offset, *self.stride, 0) < 0 or min(self.size, default=1) < 1 or last >= elements:
             raise UserError(
-                f"{self.path}: {self.member} holds {flat.numel()} elements, too few for shape {self.size}; the file is damaged"
+                f"{self.path}: {self.member} holds {elements} elements, which give no tensor of shape {self.size}; the file is damaged"
             )
+        flat = torch.frombuffer(content, dtype=self.dtype, count=elements)
         return flat.as_strided(self.size, self.stride, self.offset).clone()
 
 
@@ -230,10 +266,12 @@ def _unpickle(path: Path) -> Any:
             return _Unpickler(path, roots[0], archive.open(f"{roots[0]}/data.pkl")).load()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (zipfile.BadZipFile, OSError, EOFError, KeyError) as error:
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
         raise UserError(f"{path}: not a whole torch.save file: {error}") from None
-    except (pickle.UnpicklingError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{path}: cannot read its description of the weights: {error}") from None
+    except Exception as error:  # damaged bytes can drive the unpickler into any of them, MemoryError and OverflowError too
+        raise UserError(f"{path}: cannot read its description of the weights: {type(error).__name__}: {error}") from None
 
 
 def _check_byteorder(archive: zipfile.ZipFile, root: str, path: Path) -> None:
