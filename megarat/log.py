@@ -59,7 +59,7 @@ class RunLog:
         if not enabled:
             return
         drop_later_lines(run_dir / METRICS, first_pair)
-        self._metrics = (run_dir / METRICS).open("a", encoding="utf-8")
+        self._metrics = (run_dir / METRICS).open("ab", buffering=0)  # each line is out before the next pair begins
         self._tensorboard = _tensorboard_writer(run_dir / "tensorboard", first_pair) if config.log.tensorboard else None
 
     def __enter__(self) -> RunLog:
@@ -80,11 +80,8 @@ class RunLog:
         self._bar.set_postfix(_summary(metrics), refresh=False)
         if metrics["pair"] % self._every and metrics["pair"] != self._total:
             return
-        try:
-            self._metrics.write(json.dumps({key: _finite(value) for key, value in metrics.items()}) + "\n")
-            self._metrics.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self._metrics.name}: {error.strerror}; make room, then start again") from None
+        line = json.dumps({key: _finite(value) for key, value in metrics.items()})
+        self._metrics.write(f"{line}\n".encode())
         if self._tensorboard is not None:
             for key, tag in _TENSORBOARD_TAGS.items():
                 if metrics.get(key) is not None:

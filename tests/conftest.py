@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,16 @@ def one_thread():
 @pytest.fixture(scope="session")
 def mesh(one_thread):
     """This process as a mesh of one CPU rank; DeepSpeed is started once for all tests of a session."""
+    import tiny_run
+
+    from megarat.engine import Engine
     from megarat.mesh import start
 
-    return start("cpu")
+    mesh = start("cpu")
+    settings = tiny_run.config()
+    Engine(tiny_run.model(settings), settings, mesh)  # imports all that DeepSpeed needs
+    gc.freeze()  # its BF16_Optimizer collects garbage six times an engine: let it not search the imported modules
+    return mesh
 
 
 @pytest.fixture(scope="session")

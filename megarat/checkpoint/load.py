@@ -138,8 +138,11 @@ def check_model(folder: Path, saved: ModelConfig, wanted: ModelConfig) -> None:
                 f"{folder}: {name} has shape {_shape(found.get(name))}, but the config's model needs {_shape(expected.get(name))} "
                 f"(checkpoint: {_model(saved)}; config: {_model(wanted)})"
             )
-    if saved.heads != wanted.heads:
-        raise UserError(f"{folder}: was trained with model.heads = {saved.heads}, but the config has {wanted.heads}")
+    for key in ("heads", "rope_base", "norm_eps"):  # change what the same weights compute
+        if getattr(saved, key) != getattr(wanted, key):
+            raise UserError(
+                f"{folder}: was trained with model.{key} = {getattr(saved, key)}, but the config has {getattr(wanted, key)}"
+            )
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -6,10 +6,11 @@ Pretraining and adaptation are the same loop; what differs is in the config (a s
 from __future__ import annotations
 
 import base64
+import errno
 import sys
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -57,14 +58,14 @@ def train(config: Config, kind: str, parent: Parent | None = None) -> Path:
     """Run the loop as ``kind`` ("pretrain" or "adapt"); a new run takes its weights from ``parent``, else random ones."""
     run_dir = Path(config.run.dir)
     _make_folder(run_dir)
-    with run_lock(run_dir), StopRequest(config.train.wall_clock_minutes).listening() as stop:
+    with _full_disk(run_dir), run_lock(run_dir), StopRequest(config.train.wall_clock_minutes).listening() as stop:
         checkpoint, state = open_run(config, kind)
         if checkpoint is not None and state is not None and state.pair >= config.train.pairs:
             print(f"{run_dir}: finished after {state.pair} pairs; raise train.pairs to train on", file=sys.stderr)
             return checkpoint
         run = _build(config, kind, checkpoint, state, parent)
         with RunLog(run_dir, config, run.state.pair, run.mesh.is_first) as log:
-            log.say(_headline(run, checkpoint))
+            log.say(_headline(run))
             return _loop(run, stop, log)
 
 
@@ -72,7 +73,7 @@ def _loop(run: Run, stop: StopRequest, log: RunLog) -> Path:
     config, state = run.config, run.state
     skips = SkipCounter(config.train.max_skipped, state.skipped, state.skipped_in_row)
     clock = _Clock(run)
-    saved: Path | None = None
+    saved = run.resumed_from
     batches = cast("Generator[PairBatch]", run.loader.iterate(state.pair, config.data.prefetch))
     with closing(batches):
         while state.pair < config.train.pairs and stop.reason is None:
@@ -109,7 +110,7 @@ class Run:
     engine: Engine
     loader: Loader
     state: CheckpointState
-    parameters: int
+    resumed_from: Path | None
 
     def save(self) -> Path:
         """Write a checkpoint of this moment and remove those the config no longer keeps."""
@@ -165,7 +166,7 @@ def _build(config: Config, kind: str, checkpoint: Path | None, state: Checkpoint
     state.mesh = mesh.describe() | {"zero": config.parallel.zero}
     record_start(config)
     remove_leftovers(Path(config.run.dir) / checkpoints.CHECKPOINTS)
-    return Run(config, mesh, engine, loader, state, parameter_count(config.model))
+    return Run(config, mesh, engine, loader, state, checkpoint)
 
 
 def _plan(config: Config, reader: TokenReader) -> Plan:
@@ -200,12 +201,26 @@ def _make_folder(run_dir: Path) -> None:
         raise UserError(f"run.dir {run_dir}: cannot make this folder: {error.strerror}") from None
 
 
-def _headline(run: Run, checkpoint: Path | None) -> str:
+@contextmanager
+def _full_disk(run_dir: Path) -> Iterator[None]:
+    """Logs and settings are written all along; a disk without room for them is no bug either."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or run_dir
+        raise UserError(
+            f"cannot write {where}: {error.strerror}. The checkpoints in {run_dir} are untouched; make room, then start the same command again"
+        ) from None
+
+
+def _headline(run: Run) -> str:
     config = run.config
     sparse = "" if config.sparse_patterns is None else f"{describe(config.sparse_patterns)} then "
-    where = f"resuming after pair {run.state.pair} from {checkpoint}" if checkpoint else "new run"
+    where = f"resuming after pair {run.state.pair} from {run.resumed_from}" if run.resumed_from else "new run"
     return (
-        f"{config.run.dir}: {run.parameters / 1e6:,.1f} M parameters on {run.mesh.device}, {run.engine.precision}, ZeRO {config.parallel.zero}; "
+        f"{config.run.dir}: {parameter_count(config.model) / 1e6:,.1f} M parameters on {run.mesh.device}, {run.engine.precision}, ZeRO {config.parallel.zero}; "
         f"{sparse}{describe(config.patterns)}; {config.train.pairs} pairs; {where}"
     )
 

@@ -130,6 +130,7 @@ def test_the_parents_own_folder_is_refused(parents):
         ({"layers": 3}, r"layers.2.mixer.norm.weight has shape none \(no such tensor\), but the config's model needs \(16,\)"),
         ({"recurrence": False}, r"layers.0.mixer.g.weight has shape \(16, 16\), but the config's model needs none"),
         ({"heads": 4}, r"was trained with model.heads = 2, but the config has 4"),
+        ({"rope_base": 5e5}, r"was trained with model.rope_base = 10000.0, but the config has 500000.0"),
     ],
 )
 def test_a_checkpoint_of_another_shape_is_refused(parents, tmp_path, model, message):

@@ -144,6 +144,11 @@ def test_a_stop_before_the_first_pair_still_leaves_a_checkpoint(mesh, shards, tm
     assert_same_end(tmp_path, uninterrupted["fp32"])
 
 
+def test_a_stop_before_the_first_pair_of_a_resume_keeps_the_checkpoint_it_resumed_from(begun, shards):
+    with pytest.raises(StoppedEarly, match=r"stopped after pair 1 of 6 .*pair_00000001 is complete"):
+        pretrain(config(begun, shards, train={"wall_clock_minutes": 1e-9}))
+
+
 def test_the_metrics_have_the_promised_keys_and_counts(uninterrupted):
     lines = [json.loads(line) for line in (uninterrupted["fp32"] / "metrics.jsonl").read_text().splitlines()]
     promised = (
@@ -260,6 +265,22 @@ def test_a_damaged_checkpoint_is_no_fresh_start(begun, shards):
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"optimizer/__0_0.distcp has SHA-256"):
         pretrain(config(begun, shards, train={"pairs": 2}))
+
+
+@pytest.mark.parametrize("kilobytes", [4, 40, 330])
+def test_a_full_disk_at_any_time_of_a_run_is_reported(mesh, shards, tmp_path, kilobytes):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)]
+    if subprocess.run(options, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs privileges")
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
+            pretrain(config(disk, shards, train={"pairs": 20}, checkpoint={"every": 1}, log={"tensorboard": True}))
+        if kilobytes == 330:  # room for the first checkpoint
+            assert "good" in checkpoints.verify(disk)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_non_finite_pairs_are_skipped_counted_and_finally_stop_the_run(mesh, monkeypatch, shards, tmp_path):
