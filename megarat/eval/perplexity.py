@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from megarat.errors import UserError
 from megarat.infer.cache import cache_bytes
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import Patterns, describe
@@ -42,7 +43,7 @@ def score_patterns(
 ) -> list[PatternScore]:
     """Score every pattern on the same ``batches`` of (inputs, labels), both (b, T) int64 on any device.
 
-    ``length`` is T, for the cache size. Raises ``ValueError`` when the batches hold no scored token.
+    ``length`` is T, for the cache size. Raises ``UserError`` when the batches hold no scored token.
     """
     totals = [0.0] * len(all_patterns)
     seconds = [0.0] * len(all_patterns)
@@ -56,7 +57,7 @@ def score_patterns(
             totals[index] += batch_loss(model, inputs_BT, labels_BT, patterns)
             seconds[index] += time.perf_counter() - start
     if tokens == 0:
-        raise ValueError("the evaluation batches hold no scored token")
+        raise UserError("the evaluation corpus holds no token to score: every input token in it ends a document")
     return [
         PatternScore(
             pattern=describe(patterns),

@@ -1,0 +1,184 @@
+"""``megarat eval`` on a published checkpoint and a small corpus, against a loop over the stream written here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import megarat
+from megarat.checkpoint.convert import import_upstream
+from megarat.data.format import Piece, ShardWriter, TokenizerInfo, token_dtype
+from megarat.errors import UserError
+from megarat.eval.perplexity import PatternScore
+from megarat.eval.runner import EvalSettings, evaluate, human_bytes, table, write_results
+
+VOCAB, EOS, LENGTH = 512, 2, 32
+PATTERNS = ["dense", "D=16,W=8,I=4", ["D=4", "D=-1,W=3"]]
+
+
+def write_corpus(folder: Path, stream: np.ndarray, vocab: int = VOCAB) -> None:
+    ends = np.flatnonzero(stream == EOS) + 1
+    tokenizer = TokenizerInfo("none", "sentencepiece", "0" * 64)
+    with ShardWriter(folder, vocab_size=vocab, eos_id=EOS, tokenizer=tokenizer) as writer:
+        writer.add(Piece(stream.astype(token_dtype(vocab)), ends))
+        writer.finish({})
+
+
+@pytest.fixture(scope="module")
+def stream() -> np.ndarray:
+    """403 tokens, with a document end every 29: 12 sequences of 32 (and their last labels), 19 tokens too many."""
+    tokens = np.random.default_rng(0).integers(3, VOCAB, 403)
+    tokens[28::29] = EOS
+    tokens[-1] = EOS
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def shards(stream, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_corpus(folder / "validation", stream)
+    write_corpus(folder / "train", np.append(stream[:200], EOS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(golden_pth, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("import") / "tiny"
+    import_upstream(golden_pth, folder)
+    return folder
+
+
+def settings(shards: Path, **changes) -> EvalSettings:
+    base = {"patterns": PATTERNS, "shards": str(shards), "sequence_length": LENGTH, "device": "cpu", "progress": False}
+    return EvalSettings(**{**base, "micro_batch": 5, **changes})
+
+
+def mean_loss(checkpoint: Path, stream: np.ndarray, pattern, sequences: int) -> tuple[float, int]:
+    """Cross entropy in float64, token by token, of the sequences of the stream one after another."""
+    model = megarat.load(checkpoint, pattern=pattern, device="cpu", dtype=torch.float64)
+    losses = []
+    for first in range(0, sequences * LENGTH, LENGTH):
+        logits = model(torch.from_numpy(stream[None, first : first + LENGTH]))[0].numpy()
+        for position in range(LENGTH):
+            if stream[first + position] != EOS:  # what follows the end of a document is not scored
+                row, target = logits[position], stream[first + position + 1]
+                losses.append(np.log(np.exp(row - row.max()).sum()) + row.max() - row[target])
+    return float(np.mean(losses)), len(losses)
+
+
+@pytest.fixture(scope="module")
+def results(checkpoint, shards) -> dict:
+    return evaluate(checkpoint, settings(shards))
+
+
+def test_losses_equal_a_loop_over_the_stream(results, checkpoint, stream):
+    for row, pattern in zip(results["tasks"]["ppl"], PATTERNS, strict=True):
+        loss, tokens = mean_loss(checkpoint, stream, pattern, sequences=12)
+        # ours is fp32: each token's loss is a log-sum-exp of 512 numbers near 0, good to a few units of 6e-8
+        assert row["loss"] == pytest.approx(loss, abs=2e-6)
+        assert row["tokens"] == tokens
+        assert row["perplexity"] == pytest.approx(math.exp(row["loss"]), rel=1e-12)
+
+
+def test_the_rows_name_their_pattern_and_its_cache(results, checkpoint):
+    rows = results["tasks"]["ppl"]
+    assert [row["pattern"] for row in rows] == ["dense", "D=16,W=8,I=4", "D=4,W=0,I=0 | D=-1,W=3,I=0"]
+    model = megarat.load(checkpoint, device="cpu", dtype=torch.bfloat16)
+    assert [row["cache_bytes_per_sequence"] for row in rows] == [model.cache_bytes(LENGTH, pattern) for pattern in PATTERNS]
+
+
+def test_the_batch_size_changes_no_result(results, checkpoint, shards):
+    again = evaluate(checkpoint, settings(shards, patterns=PATTERNS[1:2], micro_batch=1))["tasks"]["ppl"][0]
+    assert again["loss"] == pytest.approx(results["tasks"]["ppl"][1]["loss"], abs=1e-6)
+    assert again["tokens"] == results["tasks"]["ppl"][1]["tokens"]
+
+
+@pytest.mark.parametrize(("limit", "sequences"), [(1, 1), (95, 2), (96, 3), (10**9, 12)])
+def test_a_limit_scores_whole_sequences_and_at_least_one(checkpoint, shards, stream, limit, sequences):
+    row = evaluate(checkpoint, settings(shards, patterns=["D=4"], limit_tokens=limit))["tasks"]["ppl"][0]
+    loss, tokens = mean_loss(checkpoint, stream, "D=4", sequences)
+    assert (row["loss"], row["tokens"]) == (pytest.approx(loss, abs=2e-6), tokens)
+
+
+def test_another_split_is_another_corpus(checkpoint, shards):
+    row = evaluate(checkpoint, settings(shards, patterns=[], split="train"))["tasks"]["ppl"][0]
+    assert row["pattern"] == "dense" and row["tokens"] == 6 * LENGTH - 6  # documents end at 28, 57, ... 173 of 192
+
+
+def test_results_are_the_documented_schema(results, checkpoint, tmp_path):
+    assert list(results) == ["schema", "megarat", "checkpoint", "model", "device", "dtype", "sequence_length", "tasks"]
+    assert results["schema"] == 1 and results["megarat"] == megarat.__version__
+    assert results["checkpoint"] == {"path": str(checkpoint), "pair": 12, "tokens": 0}
+    assert results["model"] == {"layers": 2, "hidden": 256, "heads": 2}
+    assert (results["device"], results["dtype"], results["sequence_length"]) == ("cpu", "float32", LENGTH)
+    assert all(list(row) == [field.name for field in dataclasses.fields(PatternScore)] for row in results["tasks"]["ppl"])
+    path = write_results(results, tmp_path / "deep" / "er")
+    assert path.name == "results.json" and json.loads(path.read_text()) == results
+
+
+def test_the_documentation_names_every_field(results):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    row = results["tasks"]["ppl"][0]
+    for name in [*results, *results["checkpoint"], *results["model"], *row]:
+        assert f"`{name}`" in page or f'"{name}"' in page, name
+
+
+def test_the_table_shows_every_row(results):
+    lines = table(results).splitlines()
+    assert len(lines) == 2 + len(PATTERNS)
+    for line, row in zip(lines[2:], results["tasks"]["ppl"], strict=True):
+        cells = [cell.strip() for cell in line.split(" | ")]
+        assert f"{row['loss']:.4f}" in cells and f"{row['perplexity']:.2f}" in cells
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 20, "5.0 MiB"), (3 << 40, "3072.0 GiB")]
+)
+def test_bytes_are_written_with_their_unit(count, text):
+    assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ("ppl", "arc")}, "--tasks: unknown task 'arc'; this version has ppl"),
+        ({"split": "test"}, "--split: 'test'; expected train or validation"),
+        ({"patterns": ["dense", "D=0"]}, "the dilation D must be 1"),
+        ({"patterns": [["dense"] * 5]}, "5 entries for 2 layers"),
+        ({"shards": "absent"}, "absent"),
+        ({"sequence_length": 403}, "403"),
+    ],
+)
+def test_bad_settings_are_refused(checkpoint, shards, changes, message):
+    with pytest.raises(UserError) as error:
+        evaluate(checkpoint, settings(shards, **changes))
+    assert message in str(error.value)
+
+
+def test_a_corpus_of_a_larger_vocabulary_is_refused(checkpoint, stream, tmp_path):
+    write_corpus(tmp_path / "validation", stream, vocab=600)
+    with pytest.raises(UserError, match="600"):
+        evaluate(checkpoint, settings(tmp_path))
+
+
+def test_a_corpus_with_nothing_to_score_is_refused(checkpoint, tmp_path):
+    write_corpus(tmp_path / "validation", np.full(40, EOS))
+    with pytest.raises(UserError, match="no token to score"):
+        evaluate(checkpoint, settings(tmp_path))
+
+
+def test_an_imported_checkpoint_needs_shards_to_be_named(checkpoint):
+    with pytest.raises(UserError, match="name the data"):
+        evaluate(checkpoint, EvalSettings(patterns=["dense"], device="cpu"))
+
+
+def test_results_that_cannot_be_written_are_reported(results, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out: cannot write .*file/results.json"):
+        write_results(results, tmp_path / "file")
