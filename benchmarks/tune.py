@@ -21,45 +21,23 @@ from megarat.ops.kernels import gated_scan as scan
 
 Variant = tuple[str, Callable[[], object]]
 
+# (segments, steps, warps, load stages, registers); one stage is the chain of programs, more are the walk of one program per column block
 SCAN_FORWARD = [
-    (16, 8, 4),
-    (16, 4, 4),
-    (8, 8, 2),
-    (8, 8, 4),
-    (32, 4, 8),
-    (32, 8, 8),
-    (32, 4, 4),
-    (16, 4, 2),
-    (16, 16, 8),
-    (8, 16, 4),
-]
-SCAN_BACKWARD = [
-    (16, 4, 4),
-    (16, 4, 8),
-    (8, 4, 2),
-    (8, 8, 4),
-    (8, 4, 4),
-    (16, 2, 4),
-    (8, 8, 8),
-    (16, 8, 8),
-    (32, 2, 8),
-    (8, 2, 2),
-]
-ATTENTION_FORWARD = [
-    (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2), (64, 32, 4, 3), (128, 32, 8, 3),
-    (64, 128, 4, 2), (128, 128, 8, 3),
+    (16, 4, 4, 2, 255), (16, 4, 4, 3, 255), (16, 8, 4, 2, 255), (16, 4, 8, 2, 255), (16, 8, 8, 2, 255), (8, 8, 4, 2, 255),
+    (8, 8, 4, 3, 255), (8, 4, 4, 3, 255), (32, 4, 8, 2, 255), (16, 4, 4, 1, 168), (16, 4, 4, 1, 128), (16, 8, 4, 1, 255),
+    (8, 8, 4, 1, 128), (16, 8, 8, 1, 128), (32, 4, 8, 1, 128), (32, 8, 8, 1, 255), (16, 4, 8, 1, 128),
 ]  # fmt: skip
-QUERIES = [(64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2), (128, 32, 8, 2), (64, 32, 4, 3), (32, 64, 4, 2)]
-KEYS = [
-    (64, 64, 4, 2),
-    (64, 128, 8, 2),
-    (128, 64, 8, 2),
-    (32, 64, 4, 2),
-    (64, 64, 8, 2),
-    (32, 128, 8, 2),
-    (32, 128, 8, 3),
-    (32, 64, 4, 3),
-]
+SCAN_BACKWARD = [
+    (16, 4, 4, 2, 255), (8, 4, 4, 2, 255), (8, 4, 4, 3, 255), (16, 4, 8, 2, 255), (16, 2, 8, 2, 255), (8, 8, 4, 2, 255),
+    (8, 2, 4, 3, 255), (8, 8, 8, 2, 255), (8, 4, 4, 1, 168), (8, 4, 4, 1, 128), (8, 8, 4, 1, 255), (8, 8, 4, 1, 168), (16, 4, 4, 1, 255),
+    (16, 8, 8, 1, 255), (16, 4, 8, 1, 128), (8, 8, 8, 1, 128),
+]  # fmt: skip
+ATTENTION_FORWARD = [
+    (128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (64, 16, 4, 2), (32, 32, 4, 2), (32, 32, 2, 2), (128, 32, 4, 2),
+    (128, 128, 8, 3), (32, 64, 4, 2),
+]  # fmt: skip
+QUERIES = [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 8, 2), (32, 32, 4, 2), (64, 16, 4, 2), (128, 32, 8, 2)]
+KEYS = [(64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 3), (64, 32, 4, 2), (32, 32, 4, 3)]
 
 
 def projections(count: int, batch: int, length: int) -> tuple[torch.Tensor, ...]:
@@ -67,7 +45,7 @@ def projections(count: int, batch: int, length: int) -> tuple[torch.Tensor, ...]
     return torch.randn(batch, length, count, 16, 128, device="cuda", dtype=torch.bfloat16).unbind(2)
 
 
-def with_table(module: Any, name: str, value: tuple[int, ...], run: Callable[[], object]) -> Callable[[], object]:
+def with_table(module: Any, name: str, value: Any, run: Callable[[], object]) -> Callable[[], object]:
     def call() -> object:
         kept = getattr(module, name)
         setattr(module, name, value)
@@ -85,18 +63,23 @@ def scan_variants(batch: int, length: int) -> Iterator[Variant]:
     cos, sin = rotary_tables(torch.arange(length, device="cuda"), 128)
     last = torch.zeros(2, batch, 16, 128, device="cuda").unbind(0)
 
-    def forward(save: bool = False) -> tuple[torch.Tensor, ...]:
-        return scan.scan_forward(k, v, g, cos, sin, None, None, torch.bfloat16, save)
+    def forward() -> tuple[torch.Tensor, ...]:
+        return scan.scan_forward(k, v, g, cos, sin, None, None, torch.bfloat16)
 
     for tile in SCAN_FORWARD:
-        yield f"scan forward {batch}x{length} {tile}", with_table(scan, "FORWARD_TILE", tile, forward)
+        yield (
+            f"scan forward {batch}x{length} {tile}",
+            with_table(scan, "_regime", lambda k, tile=tile: ((tile, tile), batch * 32), forward),
+        )
     for tile in SCAN_BACKWARD:
-        saved = with_table(scan, "BACKWARD_TILE", tile, lambda: forward(True))()[3]
+        regime = lambda k, tile=tile: ((tile, tile), batch * 32)  # noqa: E731
+        chained = (*tile[:3], 1, 255)
+        states = with_table(scan, "_regime", lambda k, tile=chained: ((tile, tile), batch * 32), forward)()[2]
 
-        def backward(saved: torch.Tensor = saved) -> object:
-            return scan.scan_backward(k, v, g, cos, sin, None, saved, dk, dv, last)
+        def backward(states: torch.Tensor = states) -> object:
+            return scan.scan_backward(k, v, g, cos, sin, None, states, dk, dv, last)
 
-        yield f"scan backward {batch}x{length} {tile}", with_table(scan, "BACKWARD_TILE", tile, backward)
+        yield f"scan backward {batch}x{length} {tile}", with_table(scan, "_regime", regime, backward)
 
 
 def attention_variants(batch: int, length: int, pattern: tuple[int, int, int], backward: bool) -> Iterator[Variant]:

@@ -259,10 +259,9 @@ def gated_scan(
         return _gated_scan_chunked(k_BTHK, v_BTHK, g_BTHK, cos_TR, sin_TR, initial_state, document_starts_BT, out_dtype)
     from megarat.ops.kernels.gated_scan import GatedScan
 
-    save = torch.is_grad_enabled()
     start_k, start_v = initial_state or (None, None)
     k_out, v_out, last_k, last_v = GatedScan.apply(
-        k_BTHK, v_BTHK, g_BTHK, cos_TR, sin_TR, start_k, start_v, document_starts_BT, out_dtype, save
+        k_BTHK, v_BTHK, g_BTHK, cos_TR, sin_TR, start_k, start_v, document_starts_BT, out_dtype
     )
     return k_out, v_out, ScanState(last_k, last_v)
 

@@ -56,21 +56,25 @@ def _rows(ptr, rows, stride, K: tl.constexpr):
 
 
 @triton.jit
-def _attend(acc_MK, top_M, sum_M, q_MK, k_ptrs, v_ptrs, seen_MN, in_N, scale, MASKED: tl.constexpr):
-    """One online-softmax step over a tile of keys; rows not in_N are never read."""
-    if MASKED:
-        k_NK = tl.load(k_ptrs, mask=in_N[:, None], other=0.0)
-        v_NK = tl.load(v_ptrs, mask=in_N[:, None], other=0.0)
-    else:
-        k_NK, v_NK = tl.load(k_ptrs), tl.load(v_ptrs)
-    s_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision="ieee") * scale
-    if MASKED:
-        s_MN = tl.where(seen_MN, s_MN, float("-inf"))
-    new_top_M = tl.maximum(top_M, tl.max(s_MN, axis=1))
-    p_MN = tl.exp2(s_MN - new_top_M[:, None])
-    shrink_M = tl.exp2(top_M - new_top_M)
-    acc_MK = tl.dot(p_MN.to(v_NK.dtype), v_NK, acc_MK * shrink_M[:, None], input_precision="ieee")
-    return acc_MK, new_top_M, sum_M * shrink_M + tl.sum(p_MN, axis=1)
+def _attend(
+    acc_MK, top_M, sum_M, q_MK, k_ptr, v_ptr, k_t, v_t, begin, end, rows, from_M, below_M, all_from, all_below, scale,
+    K: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over keys [begin, end) of `rows`, of which row m sees [from_M, below_M), and every row [all_from, all_below)."""
+    for n0 in tl.range(begin, end, N):
+        n_N = n0 + tl.arange(0, N)
+        in_N1 = (n_N < rows)[:, None]
+        k_NK = tl.load(_rows(k_ptr, n_N.to(tl.int64), k_t, K), mask=in_N1, other=0.0)
+        v_NK = tl.load(_rows(v_ptr, n_N.to(tl.int64), v_t, K), mask=in_N1, other=0.0)
+        s_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision="ieee") * scale
+        if (n0 < all_from) | (n0 + N > all_below):
+            s_MN = tl.where((n_N[None, :] >= from_M[:, None]) & (n_N[None, :] < below_M[:, None]), s_MN, float("-inf"))
+        new_top_M = tl.maximum(top_M, tl.max(s_MN, axis=1))
+        p_MN = tl.exp2(s_MN - new_top_M[:, None])
+        shrink_M = tl.exp2(top_M - new_top_M)
+        acc_MK = tl.dot(p_MN.to(v_NK.dtype), v_NK, acc_MK * shrink_M[:, None], input_precision="ieee")
+        top_M, sum_M = new_top_M, sum_M * shrink_M + tl.sum(p_MN, axis=1)
+    return acc_MK, top_M, sum_M
 
 
 @triton.jit
@@ -93,26 +97,18 @@ def _forward_kernel(
     sum_M = tl.full([M], 1.0, tl.float32)
     acc_MK = own_v_MK.to(tl.float32)
 
-    k_far_ptr += b * kf_b + h * kf_h
-    v_far_ptr += b * vf_b + h * vf_h
     far_M = _far_count(tl.maximum(i_M - window, 0), dilation, initial)
-    far_all = _far_count(tl.maximum(first - window, 0), dilation, initial) // N * N
+    far_all = _far_count(tl.maximum(first - window, 0), dilation, initial)
     far_any = tl.minimum(_far_count(tl.maximum(first + M - 1 - window, 0), dilation, initial), F)
-    for f0 in tl.range(0, far_all, N):
-        f_N = f0 + tl.arange(0, N)
-        k_ptrs, v_ptrs = _rows(k_far_ptr, f_N.to(tl.int64), kf_t, K), _rows(v_far_ptr, f_N.to(tl.int64), vf_t, K)
-        acc_MK, top_M, sum_M = _attend(acc_MK, top_M, sum_M, q_MK, k_ptrs, v_ptrs, None, None, scale, False)
-    for f0 in tl.range(far_all, far_any, N):
-        f_N = f0 + tl.arange(0, N)
-        k_ptrs, v_ptrs = _rows(k_far_ptr, f_N.to(tl.int64), kf_t, K), _rows(v_far_ptr, f_N.to(tl.int64), vf_t, K)
-        seen_MN = f_N[None, :] < far_M[:, None]
-        acc_MK, top_M, sum_M = _attend(acc_MK, top_M, sum_M, q_MK, k_ptrs, v_ptrs, seen_MN, f_N < F, scale, True)
+    acc_MK, top_M, sum_M = _attend(
+        acc_MK, top_M, sum_M, q_MK, k_far_ptr + b * kf_b + h * kf_h, v_far_ptr + b * vf_b + h * vf_h, kf_t, vf_t,
+        0, far_any, F, far_M * 0, far_M, 0, far_all, scale, K, N,
+    )  # fmt: skip
     if WINDOWED:
-        for j0 in tl.range(tl.maximum(first - window, 0), tl.minimum(first + M, T), N):
-            j_N = j0 + tl.arange(0, N)
-            k_ptrs, v_ptrs = _rows(k_ptr, j_N.to(tl.int64), k_t, K), _rows(v_ptr, j_N.to(tl.int64), v_t, K)
-            seen_MN = (j_N[None, :] < i_M[:, None]) & (i_M[:, None] - j_N[None, :] <= window)
-            acc_MK, top_M, sum_M = _attend(acc_MK, top_M, sum_M, q_MK, k_ptrs, v_ptrs, seen_MN, j_N < T, scale, True)
+        acc_MK, top_M, sum_M = _attend(
+            acc_MK, top_M, sum_M, q_MK, k_ptr, v_ptr, k_t, v_t, tl.maximum(first - window, 0), tl.minimum(first + M, T), T,
+            i_M - window, i_M, first + M - 1 - window, first, scale, K, N,
+        )  # fmt: skip
 
     out_MK = acc_MK / sum_M[:, None]
     if GATED:
@@ -124,18 +120,22 @@ def _forward_kernel(
 
 
 @triton.jit
-def _query_gradient(dq_MK, q_MK, dout_MK, lse_M, delta_M, k_ptrs, v_ptrs, seen_MN, in_N, scale, MASKED: tl.constexpr):
-    """Adds a tile of keys to dq (in units of 1 / score scale)."""
-    if MASKED:
-        k_NK = tl.load(k_ptrs, mask=in_N[:, None], other=0.0)
-        v_NK = tl.load(v_ptrs, mask=in_N[:, None], other=0.0)
-    else:
-        k_NK, v_NK = tl.load(k_ptrs), tl.load(v_ptrs)
-    p_MN = tl.exp2(tl.dot(q_MK, tl.trans(k_NK), input_precision="ieee") * scale - lse_M[:, None])
-    if MASKED:
-        p_MN = tl.where(seen_MN, p_MN, 0.0)
-    ds_MN = p_MN * (tl.dot(dout_MK, tl.trans(v_NK), input_precision="ieee") - delta_M[:, None])
-    return tl.dot(ds_MN.to(k_NK.dtype), k_NK, dq_MK, input_precision="ieee")
+def _query_gradient(
+    dq_MK, q_MK, dout_MK, lse_M, delta_M, k_ptr, v_ptr, k_t, v_t, begin, end, rows, from_M, below_M, all_from, all_below, scale,
+    K: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Adds keys [begin, end) to dq, in units of 1 / score scale; the ranges are those of `_attend`."""
+    for n0 in tl.range(begin, end, N):
+        n_N = n0 + tl.arange(0, N)
+        in_N1 = (n_N < rows)[:, None]
+        k_NK = tl.load(_rows(k_ptr, n_N.to(tl.int64), k_t, K), mask=in_N1, other=0.0)
+        v_NK = tl.load(_rows(v_ptr, n_N.to(tl.int64), v_t, K), mask=in_N1, other=0.0)
+        p_MN = tl.exp2(tl.dot(q_MK, tl.trans(k_NK), input_precision="ieee") * scale - lse_M[:, None])
+        if (n0 < all_from) | (n0 + N > all_below):
+            p_MN = tl.where((n_N[None, :] >= from_M[:, None]) & (n_N[None, :] < below_M[:, None]), p_MN, 0.0)
+        ds_MN = p_MN * (tl.dot(dout_MK, tl.trans(v_NK), input_precision="ieee") - delta_M[:, None])
+        dq_MK = tl.dot(ds_MN.to(k_NK.dtype), k_NK, dq_MK, input_precision="ieee")
+    return dq_MK
 
 
 @triton.jit
@@ -183,26 +183,18 @@ def _queries_kernel(
         tl.store(_rows(dv_ptr + row_0, local_M, H * K, K), dv_MK.to(dv_ptr.dtype.element_ty), mask=in_M1)
     dq_MK = own_k_MK * own_ds_M[:, None]
 
-    k_far_ptr += b * kf_b + h * kf_h
-    v_far_ptr += b * vf_b + h * vf_h
     far_M = _far_count(tl.maximum(i_M - window, 0), dilation, initial)
-    far_all = _far_count(tl.maximum(first - window, 0), dilation, initial) // N * N
+    far_all = _far_count(tl.maximum(first - window, 0), dilation, initial)
     far_any = tl.minimum(_far_count(tl.maximum(first + M - 1 - window, 0), dilation, initial), F)
-    for f0 in tl.range(0, far_all, N):
-        f_N = f0 + tl.arange(0, N)
-        k_ptrs, v_ptrs = _rows(k_far_ptr, f_N.to(tl.int64), kf_t, K), _rows(v_far_ptr, f_N.to(tl.int64), vf_t, K)
-        dq_MK = _query_gradient(dq_MK, q_MK, dout_MK, lse_M, delta_M, k_ptrs, v_ptrs, None, None, scale, False)
-    for f0 in tl.range(far_all, far_any, N):
-        f_N = f0 + tl.arange(0, N)
-        k_ptrs, v_ptrs = _rows(k_far_ptr, f_N.to(tl.int64), kf_t, K), _rows(v_far_ptr, f_N.to(tl.int64), vf_t, K)
-        seen_MN = f_N[None, :] < far_M[:, None]
-        dq_MK = _query_gradient(dq_MK, q_MK, dout_MK, lse_M, delta_M, k_ptrs, v_ptrs, seen_MN, f_N < F, scale, True)
+    dq_MK = _query_gradient(
+        dq_MK, q_MK, dout_MK, lse_M, delta_M, k_far_ptr + b * kf_b + h * kf_h, v_far_ptr + b * vf_b + h * vf_h, kf_t, vf_t,
+        0, far_any, F, far_M * 0, far_M, 0, far_all, scale, K, N,
+    )  # fmt: skip
     if WINDOWED:
-        for j0 in tl.range(tl.maximum(first - window, 0), tl.minimum(first + M, T), N):
-            j_N = j0 + tl.arange(0, N)
-            k_ptrs, v_ptrs = _rows(k_ptr, j_N.to(tl.int64), k_t, K), _rows(v_ptr, j_N.to(tl.int64), v_t, K)
-            seen_MN = (j_N[None, :] < i_M[:, None]) & (i_M[:, None] - j_N[None, :] <= window)
-            dq_MK = _query_gradient(dq_MK, q_MK, dout_MK, lse_M, delta_M, k_ptrs, v_ptrs, seen_MN, j_N < T, scale, True)
+        dq_MK = _query_gradient(
+            dq_MK, q_MK, dout_MK, lse_M, delta_M, k_ptr, v_ptr, k_t, v_t, tl.maximum(first - window, 0), tl.minimum(first + M, T), T,
+            i_M - window, i_M, first + M - 1 - window, first, scale, K, N,
+        )  # fmt: skip
     dq_MK *= plain_scale
     tl.store(_rows(dq_ptr + row_0, local_M, H * K, K), dq_MK.to(dq_ptr.dtype.element_ty), mask=in_M1)
 
@@ -231,7 +223,7 @@ def _keys_kernel(
     else:
         j_N = n_N
         begin, end = n_first, tl.minimum(T, last + window + 1)
-        everyone = end
+        everyone = last  # queries in [last, first key + W] see every key of the tile
     k_NK = tl.load(_rows(k_ptr + b * k_b + h * k_h, n_N.to(tl.int64), k_t, K), mask=in_N1, other=0.0)
     v_NK = tl.load(_rows(v_ptr + b * v_b + h * v_h, n_N.to(tl.int64), v_t, K), mask=in_N1, other=0.0)
     dk_NK, dv_NK = tl.zeros([N, K], tl.float32), tl.zeros([N, K], tl.float32)
@@ -252,7 +244,8 @@ def _keys_kernel(
             if i0 < everyone:
                 p_NM = tl.where(i_M[None, :] > j_N[:, None] + window, p_NM, 0.0)
         else:
-            p_NM = tl.where((i_M[None, :] >= j_N[:, None]) & (i_M[None, :] <= j_N[:, None] + window), p_NM, 0.0)
+            if (i0 < everyone) | (i0 + M - 1 > n_first + window):
+                p_NM = tl.where((i_M[None, :] >= j_N[:, None]) & (i_M[None, :] <= j_N[:, None] + window), p_NM, 0.0)
         dv_NK = tl.dot(p_NM.to(dout_MK.dtype), dout_MK, dv_NK, input_precision="ieee")
         ds_NM = p_NM * (tl.dot(v_NK, tl.trans(dout_MK), input_precision="ieee") - delta_M[None, :])
         dk_NK = tl.dot(ds_NM.to(q_MK.dtype), q_MK, dk_NK, input_precision="ieee")

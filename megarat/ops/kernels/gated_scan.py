@@ -1,20 +1,21 @@
 """Triton kernels of the gated scan: one pass over memory forward and backward, for any batch and length.
 
-A *block* of S * L consecutive steps and 2 * BH channels of one head (BH rotary pairs) belongs to one program, which holds all of it
-in registers. The S rows of its tiles are consecutive *segments* of L steps each, walked in step by every thread:
+A *block* of S * L consecutive steps and 2 * BH channels of one head (BH rotary pairs) is held in registers by one program. The S rows
+of its tiles are consecutive *segments* of L steps each, walked in step by every thread:
 
 1. every segment runs from a zero state: its decay A (the product of its gates) and its local averages;
 2. one associative scan over the S rows joins (A, averages) to the effect of the block so far;
-3. the program waits for the state in front of its block, publishes the state behind it, and
-4. runs its segments again from their true states, rotates k and stores.
+3. with the state in front of the block, the state behind it is published, and
+4. the segments run again from their true states; k is rotated and stored.
 
-Blocks of the same channels so form a chain along time, whose links are one load, one fused multiply-add and one store: it runs far
-ahead of memory traffic, needs no second pass over k, v and g, and folds in one fixed order, so results are bit-reproducible. A
-link's `chain` entry is its own flag: entries start as a NaN pattern no arithmetic produces. Programs are numbered with time
-slowest, so a program only waits for lower-numbered ones, which the hardware starts first.
+With many columns (batch x channels) a program walks all blocks of its columns and keeps the state in registers, while the next blocks
+are on their way from memory. With few, every block has its own program, and the blocks of a column form a chain along time, whose
+links are one load, one fused multiply-add and one store. Either way k, v and g are read once, and everything folds in one fixed order,
+so results are bit-reproducible. A link's `chain` entry is its own flag: entries start as a NaN pattern no arithmetic produces.
+Programs are numbered with time slowest, so a program only waits for lower-numbered ones, which the hardware starts first.
 
-The backward is the same machine with time reversed; it recomputes the forward averages of a block from `saved`, the fp32 states in
-front of every backward block (0.125 bytes per element and byte of state).
+The chain, fp32 states behind every block (8 bytes per S * L elements), is all the backward needs besides the inputs. It is the same
+machine with time reversed, and recomputes the averages of a block on the way.
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment"
@@ -32,9 +33,12 @@ from torch.autograd.function import once_differentiable
 EMPTY = tl.constexpr(-1)  # int32 bits of a chain entry nobody has written: a NaN that no arithmetic instruction returns
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# (segments S, steps L, warps) of a block; chosen by timing on an H200. Backward blocks must tile the forward's.
-FORWARD_TILE = (16, 8, 4)
-BACKWARD_TILE = (16, 4, 4)
+# (segments S, steps L, warps, load stages, registers a thread) forward and backward, by regime; S L must agree. Chosen by timing on
+# an H200. One load stage is the chain; more are a walk with that many blocks in flight.
+Tile = tuple[int, int, int, int, int]
+MANY_COLUMNS: tuple[Tile, Tile] = ((16, 4, 4, 2, 255), (16, 4, 4, 2, 255))
+FEW_COLUMNS: tuple[Tile, Tile] = ((16, 8, 4, 1, 255), (16, 8, 8, 1, 255))
+MANY_PROGRAMS = 200  # from so many column programs on, one each fills the GPU
 
 
 @triton.jit
@@ -74,13 +78,28 @@ def _await(k1_ptr, k2_ptr, v1_ptr, v2_ptr):
 
 
 @triton.jit
-def _publish(link_C, R, stream, k1_SC, k2_SC, v1_SC, v2_SC, is_last_S):
-    """Writes the last row of the four tiles as the next link of the chain."""
-    at_SC, mask = link_C[None, :] + tl.zeros(k1_SC.shape, tl.int32), is_last_S[:, None]
-    tl.store(at_SC, k1_SC, mask=mask)
-    tl.store(at_SC + R, k2_SC, mask=mask)
-    tl.store(at_SC + stream, v1_SC, mask=mask)
-    tl.store(at_SC + stream + R, v2_SC, mask=mask)
+def _add(k1_l, k2_l, v1_l, v2_l, k1_r, k2_r, v1_r, v2_r):
+    return k1_l + k1_r, k2_l + k2_r, v1_l + v1_r, v2_l + v2_r
+
+
+@triton.jit
+def _pick_row(k1_SC, k2_SC, v1_SC, v2_SC, is_row_S1):
+    """One row of each of the four tiles, (C,)."""
+    masked = (
+        tl.where(is_row_S1, k1_SC, 0.0), tl.where(is_row_S1, k2_SC, 0.0),
+        tl.where(is_row_S1, v1_SC, 0.0), tl.where(is_row_S1, v2_SC, 0.0),
+    )  # fmt: skip
+    return tl.reduce(masked, 0, _add)
+
+
+@triton.jit
+def _publish(link_C, R, stream, k1_SC, k2_SC, v1_SC, v2_SC, is_row_S1):
+    """Writes one row of the four tiles as the next link of the chain."""
+    at_SC = link_C[None, :] + tl.zeros(k1_SC.shape, tl.int32)
+    tl.store(at_SC, k1_SC, mask=is_row_S1)
+    tl.store(at_SC + R, k2_SC, mask=is_row_S1)
+    tl.store(at_SC + stream, v1_SC, mask=is_row_S1)
+    tl.store(at_SC + stream + R, v2_SC, mask=is_row_S1)
 
 
 @triton.jit
@@ -136,84 +155,96 @@ def _store_step(ptr, offs_SC, x_SC, t_S, T, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _load_tables(cos_ptr, sin_ptr, offs_SC, t_S, T, R, L: tl.constexpr, ROTATE: tl.constexpr, MASKED: tl.constexpr):
+    """Cosines and sines of every step; unread (and 1, 0) without rotation."""
+    if ROTATE:
+        cos = _load_steps(cos_ptr, offs_SC, R, t_S, T, 1.0, L, MASKED)
+        sin = _load_steps(sin_ptr, offs_SC, R, t_S, T, 0.0, L, MASKED)
+    else:
+        cos, sin = (), ()
+        for _ in tl.static_range(L):
+            cos = cos + (1.0,)
+            sin = sin + (0.0,)
+    return cos, sin
+
+
+@triton.jit
 def _forward_kernel(
-    k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, k_out_ptr, v_out_ptr, chain_ptr, saved_ptr,
-    B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, table_b,
-    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, SAVE_STEPS: tl.constexpr,
+    k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, k_out_ptr, v_out_ptr, chain_ptr,
+    B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, table_b, blocks, span,
+    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, STAGES: tl.constexpr,
     ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     columns = R // BH
-    block = tl.program_id(0) // (B * H * columns)
+    first_block = tl.program_id(0) // (B * H * columns) * span
     group = tl.program_id(0) % (B * H * columns)
     b, h, first = (group // columns // H).to(tl.int64), (group // columns) % H, (group % columns) * BH
-    rows_S = tl.arange(0, S)
-    c_C = tl.arange(0, BH)
-    t0 = block * (S * L)
-    t_S = t0 + rows_S * L
-
-    k_ptr += b * k_b + t0.to(tl.int64) * k_t + h * k_h + first
-    v_ptr += b * v_b + t0.to(tl.int64) * v_t + h * v_h + first
-    g_ptr += b * g_b + t0.to(tl.int64) * g_t + h * g_h + first
-    k_offs, v_offs = (rows_S * L * k_t)[:, None] + c_C[None, :], (rows_S * L * v_t)[:, None] + c_C[None, :]
-    g_offs = (rows_S * L * g_t)[:, None] + c_C[None, :]
-    inf: tl.constexpr = float("inf")
-    g1 = _load_steps(g_ptr, g_offs, g_t, t_S, T, inf, L, MASKED)
-    k1 = _load_steps(k_ptr, k_offs, k_t, t_S, T, 0.0, L, MASKED)
-    v1 = _load_steps(v_ptr, v_offs, v_t, t_S, T, 0.0, L, MASKED)
-    g2 = _load_steps(g_ptr + R, g_offs, g_t, t_S, T, inf, L, MASKED)
-    k2 = _load_steps(k_ptr + R, k_offs, k_t, t_S, T, 0.0, L, MASKED)
-    v2 = _load_steps(v_ptr + R, v_offs, v_t, t_S, T, 0.0, L, MASKED)
-    keep = _load_keeps(starts_ptr + b * T, t_S, T, L, HAS_STARTS)
-    u1, u2 = (), ()
-    for i in tl.static_range(L):
-        u1 = u1 + (_input_weight(g1[i]),)
-        u2 = u2 + (_input_weight(g2[i]),)
-
-    decay1, s_k1, s_v1 = _local_pass(k1, v1, u1, keep, L)
-    decay2, s_k2, s_v2 = _local_pass(k2, v2, u2, keep, L)
-    front1, front_k1, front_v1 = _in_front(decay1, s_k1, s_v1, False)
-    front2, front_k2, front_v2 = _in_front(decay2, s_k2, s_v2, False)
-
-    # the link of the chain: wait, one fused multiply-add, publish
-    stream = B * H * (2 * R)
-    link = chain_ptr + block.to(tl.int64) * 2 * stream + (group // columns) * (2 * R) + first + c_C
-    link_bits = link.to(tl.pointer_type(tl.int32))
-    in_k1, in_k2, in_v1, in_v2 = _await(link_bits, link_bits + R, link_bits + stream, link_bits + stream + R)
-    front_k1, front_k2 = front1 * in_k1[None, :] + front_k1, front2 * in_k2[None, :] + front_k2
-    front_v1, front_v2 = front1 * in_v1[None, :] + front_v1, front2 * in_v2[None, :] + front_v2
-    _publish(
-        link + 2 * stream, R, stream, decay1 * front_k1 + s_k1, decay2 * front_k2 + s_k2, decay1 * front_v1 + s_v1,
-        decay2 * front_v2 + s_v2, rows_S == S - 1,
-    )  # fmt: skip
-    s_k1, s_k2, s_v1, s_v2 = front_k1, front_k2, front_v1, front_v2
-    if SAVE_STEPS > 0:
-        offs_SC = (t_S // SAVE_STEPS).to(tl.int64)[:, None] * 2 * stream + (group // columns) * (2 * R) + first + c_C[None, :]
-        begins_S1 = ((t_S % SAVE_STEPS == 0) & (t_S < T))[:, None]
-        tl.store(saved_ptr + offs_SC, s_k1, mask=begins_S1)
-        tl.store(saved_ptr + offs_SC + R, s_k2, mask=begins_S1)
-        tl.store(saved_ptr + offs_SC + stream, s_v1, mask=begins_S1)
-        tl.store(saved_ptr + offs_SC + stream + R, s_v2, mask=begins_S1)
-
+    rows_S, c_C = tl.arange(0, S), tl.arange(0, BH)
+    is_last_S1 = (rows_S == S - 1)[:, None]
+    k_ptr += b * k_b + h * k_h + first
+    v_ptr += b * v_b + h * v_h + first
+    g_ptr += b * g_b + h * g_h + first
     out_t = H * (2 * R)
-    out_offs = (rows_S * L * out_t)[:, None] + c_C[None, :]
-    k_out_ptr += (b * T + t0) * out_t + h * (2 * R) + first
-    v_out_ptr += (b * T + t0) * out_t + h * (2 * R) + first
+    out_0 = b * T * out_t + h * (2 * R) + first
+    k_offs, v_offs = (rows_S * L * k_t)[:, None] + c_C[None, :], (rows_S * L * v_t)[:, None] + c_C[None, :]
+    g_offs, out_offs = (rows_S * L * g_t)[:, None] + c_C[None, :], (rows_S * L * out_t)[:, None] + c_C[None, :]
     table_offs = (rows_S * L * R)[:, None] + c_C[None, :]
-    table_0 = b * table_b + t0 * R + first
-    for i in tl.static_range(L):
-        a1, a2 = (1.0 - u1[i]) * keep[i], (1.0 - u2[i]) * keep[i]
-        s_k1, s_k2 = a1 * s_k1 + u1[i] * k1[i].to(tl.float32), a2 * s_k2 + u2[i] * k2[i].to(tl.float32)
-        s_v1, s_v2 = a1 * s_v1 + u1[i] * v1[i].to(tl.float32), a2 * s_v2 + u2[i] * v2[i].to(tl.float32)
-        out1, out2 = s_k1, s_k2
-        if ROTATE:
-            in_table = (t_S + i < T)[:, None]
-            cos = tl.load(cos_ptr + table_0 + table_offs + i * R, mask=in_table, other=1.0)
-            sin = tl.load(sin_ptr + table_0 + table_offs + i * R, mask=in_table, other=0.0)
-            out1, out2 = s_k1 * cos - s_k2 * sin, s_k2 * cos + s_k1 * sin
-        _store_step(k_out_ptr + i * out_t, out_offs, out1, t_S + i, T, MASKED)
-        _store_step(k_out_ptr + i * out_t + R, out_offs, out2, t_S + i, T, MASKED)
-        _store_step(v_out_ptr + i * out_t, out_offs, s_v1, t_S + i, T, MASKED)
-        _store_step(v_out_ptr + i * out_t + R, out_offs, s_v2, t_S + i, T, MASKED)
+    inf: tl.constexpr = float("inf")
+
+    stream = B * H * (2 * R)
+    link = chain_ptr + first_block.to(tl.int64) * 2 * stream + (group // columns) * (2 * R) + first + c_C
+    link_bits = link.to(tl.pointer_type(tl.int32))
+    zero_C = tl.zeros([BH], tl.float32)
+    in_k1, in_k2, in_v1, in_v2 = zero_C, zero_C, zero_C, zero_C
+    if STAGES > 1:
+        in_k1, in_k2, in_v1, in_v2 = _await(link_bits, link_bits + R, link_bits + stream, link_bits + stream + R)
+    for block in tl.range(first_block, tl.minimum(first_block + span, blocks), num_stages=STAGES):
+        t0 = block * (S * L)
+        t_S, start = t0 + rows_S * L, t0.to(tl.int64)
+        g1 = _load_steps(g_ptr + start * g_t, g_offs, g_t, t_S, T, inf, L, MASKED)
+        k1 = _load_steps(k_ptr + start * k_t, k_offs, k_t, t_S, T, 0.0, L, MASKED)
+        v1 = _load_steps(v_ptr + start * v_t, v_offs, v_t, t_S, T, 0.0, L, MASKED)
+        g2 = _load_steps(g_ptr + start * g_t + R, g_offs, g_t, t_S, T, inf, L, MASKED)
+        k2 = _load_steps(k_ptr + start * k_t + R, k_offs, k_t, t_S, T, 0.0, L, MASKED)
+        v2 = _load_steps(v_ptr + start * v_t + R, v_offs, v_t, t_S, T, 0.0, L, MASKED)
+        table_0 = b * table_b + start * R + first
+        if STAGES > 1:
+            cos, sin = _load_tables(cos_ptr + table_0, sin_ptr + table_0, table_offs, t_S, T, R, L, ROTATE, MASKED)
+        keep = _load_keeps(starts_ptr + b * T, t_S, T, L, HAS_STARTS)
+        u1, u2 = (), ()
+        for i in tl.static_range(L):
+            u1 = u1 + (_input_weight(g1[i]),)
+            u2 = u2 + (_input_weight(g2[i]),)
+        decay1, end_k1, end_v1 = _local_pass(k1, v1, u1, keep, L)
+        decay2, end_k2, end_v2 = _local_pass(k2, v2, u2, keep, L)
+        front1, s_k1, s_v1 = _in_front(decay1, end_k1, end_v1, False)
+        front2, s_k2, s_v2 = _in_front(decay2, end_k2, end_v2, False)
+
+        if STAGES == 1:  # one block a program: a link of the chain
+            in_k1, in_k2, in_v1, in_v2 = _await(link_bits, link_bits + R, link_bits + stream, link_bits + stream + R)
+        s_k1, s_k2 = front1 * in_k1[None, :] + s_k1, front2 * in_k2[None, :] + s_k2
+        s_v1, s_v2 = front1 * in_v1[None, :] + s_v1, front2 * in_v2[None, :] + s_v2
+        end_k1, end_k2 = decay1 * s_k1 + end_k1, decay2 * s_k2 + end_k2
+        end_v1, end_v2 = decay1 * s_v1 + end_v1, decay2 * s_v2 + end_v2
+        link += 2 * stream
+        _publish(link, R, stream, end_k1, end_k2, end_v1, end_v2, is_last_S1)
+        if STAGES == 1:  # only now, to keep registers free
+            cos, sin = _load_tables(cos_ptr + table_0, sin_ptr + table_0, table_offs, t_S, T, R, L, ROTATE, MASKED)
+        else:
+            in_k1, in_k2, in_v1, in_v2 = _pick_row(end_k1, end_k2, end_v1, end_v2, is_last_S1)
+
+        k_to, v_to = k_out_ptr + out_0 + start * out_t, v_out_ptr + out_0 + start * out_t
+        for i in tl.static_range(L):
+            a1, a2 = (1.0 - u1[i]) * keep[i], (1.0 - u2[i]) * keep[i]
+            s_k1, s_k2 = a1 * s_k1 + u1[i] * k1[i].to(tl.float32), a2 * s_k2 + u2[i] * k2[i].to(tl.float32)
+            s_v1, s_v2 = a1 * s_v1 + u1[i] * v1[i].to(tl.float32), a2 * s_v2 + u2[i] * v2[i].to(tl.float32)
+            out1, out2 = s_k1, s_k2
+            if ROTATE:
+                out1, out2 = s_k1 * cos[i] - s_k2 * sin[i], s_k2 * cos[i] + s_k1 * sin[i]
+            _store_step(k_to + i * out_t, out_offs, out1, t_S + i, T, MASKED)
+            _store_step(k_to + i * out_t + R, out_offs, out2, t_S + i, T, MASKED)
+            _store_step(v_to + i * out_t, out_offs, s_v1, t_S + i, T, MASKED)
+            _store_step(v_to + i * out_t + R, out_offs, s_v2, t_S + i, T, MASKED)
 
 
 @triton.jit
@@ -242,7 +273,7 @@ def _reverse_pass(e_k, e_v, u, keep, p_k, p_v, L: tl.constexpr):
 
 
 @triton.jit
-def _backward_half(
+def _store_gradients(
     k, v, u, keep, s_k, s_v, total_k, total_v, dk_ptr, dv_ptr, dg_ptr, offs_SC, out_t, t_S, T,
     L: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -258,94 +289,97 @@ def _backward_half(
 
 @triton.jit
 def _backward_kernel(
-    k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, dk_out_ptr, dv_out_ptr, saved_ptr, chain_ptr, dk_ptr, dv_ptr, dg_ptr,
-    B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, table_b, blocks,
-    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
+    k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, dk_out_ptr, dv_out_ptr, states_ptr, chain_ptr, dk_ptr, dv_ptr, dg_ptr,
+    B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, table_b, blocks, span,
+    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, STAGES: tl.constexpr,
     ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     columns = R // BH
-    block = blocks - 1 - tl.program_id(0) // (B * H * columns)
+    last_block = blocks - 1 - tl.program_id(0) // (B * H * columns) * span
     group = tl.program_id(0) % (B * H * columns)
     b, h, first = (group // columns // H).to(tl.int64), (group // columns) % H, (group % columns) * BH
-    rows_S = tl.arange(0, S)
-    c_C = tl.arange(0, BH)
-    t0 = block * (S * L)
-    t_S = t0 + rows_S * L
-
-    k_ptr += b * k_b + t0.to(tl.int64) * k_t + h * k_h + first
-    v_ptr += b * v_b + t0.to(tl.int64) * v_t + h * v_h + first
-    g_ptr += b * g_b + t0.to(tl.int64) * g_t + h * g_h + first
-    dk_out_ptr += b * dk_b + t0.to(tl.int64) * dk_t + h * dk_h + first
-    dv_out_ptr += b * dv_b + t0.to(tl.int64) * dv_t + h * dv_h + first
-    k_offs, v_offs = (rows_S * L * k_t)[:, None] + c_C[None, :], (rows_S * L * v_t)[:, None] + c_C[None, :]
-    g_offs = (rows_S * L * g_t)[:, None] + c_C[None, :]
-    dk_offs, dv_offs = (rows_S * L * dk_t)[:, None] + c_C[None, :], (rows_S * L * dv_t)[:, None] + c_C[None, :]
-    inf: tl.constexpr = float("inf")
-    g1 = _load_steps(g_ptr, g_offs, g_t, t_S, T, inf, L, MASKED)
-    g2 = _load_steps(g_ptr + R, g_offs, g_t, t_S, T, inf, L, MASKED)
-    r1 = _load_steps(dk_out_ptr, dk_offs, dk_t, t_S, T, 0.0, L, MASKED)
-    r2 = _load_steps(dk_out_ptr + R, dk_offs, dk_t, t_S, T, 0.0, L, MASKED)
-    e_v1 = _load_steps(dv_out_ptr, dv_offs, dv_t, t_S, T, 0.0, L, MASKED)
-    e_v2 = _load_steps(dv_out_ptr + R, dv_offs, dv_t, t_S, T, 0.0, L, MASKED)
-    k1 = _load_steps(k_ptr, k_offs, k_t, t_S, T, 0.0, L, MASKED)
-    k2 = _load_steps(k_ptr + R, k_offs, k_t, t_S, T, 0.0, L, MASKED)
-    v1 = _load_steps(v_ptr, v_offs, v_t, t_S, T, 0.0, L, MASKED)
-    v2 = _load_steps(v_ptr + R, v_offs, v_t, t_S, T, 0.0, L, MASKED)
-    keep = _load_keeps(starts_ptr + b * T, t_S, T, L, HAS_STARTS)
-    stream = B * H * (2 * R)
-    saved_ptr += block.to(tl.int64) * 2 * stream + (group // columns) * (2 * R) + first + c_C
-    in_k1, in_k2 = tl.load(saved_ptr), tl.load(saved_ptr + R)
-    in_v1, in_v2 = tl.load(saved_ptr + stream), tl.load(saved_ptr + stream + R)
-    table_offs = (rows_S * L * R)[:, None] + c_C[None, :]
-    table_0 = b * table_b + t0 * R + first
-    u1, u2, e_k1, e_k2 = (), (), (), ()
-    for i in tl.static_range(L):
-        u1 = u1 + (_input_weight(g1[i]),)
-        u2 = u2 + (_input_weight(g2[i]),)
-        d1, d2 = r1[i].to(tl.float32), r2[i].to(tl.float32)
-        if ROTATE:
-            in_table = (t_S + i < T)[:, None]
-            cos = tl.load(cos_ptr + table_0 + table_offs + i * R, mask=in_table, other=1.0)
-            sin = tl.load(sin_ptr + table_0 + table_offs + i * R, mask=in_table, other=0.0)
-            d1, d2 = d1 * cos + d2 * sin, d2 * cos - d1 * sin
-        e_k1 = e_k1 + (d1,)
-        e_k2 = e_k2 + (d2,)
-
-    decay1, p_k1, p_v1 = _reverse_local_pass(e_k1, e_v1, u1, keep, L)
-    decay2, p_k2, p_v2 = _reverse_local_pass(e_k2, e_v2, u2, keep, L)
-    behind1, behind_k1, behind_v1 = _in_front(decay1, p_k1, p_v1, True)
-    behind2, behind_k2, behind_v2 = _in_front(decay2, p_k2, p_v2, True)
-
-    link = chain_ptr + (block + 1).to(tl.int64) * 2 * stream + (group // columns) * (2 * R) + first + c_C
-    link_bits = link.to(tl.pointer_type(tl.int32))
-    from_k1, from_k2, from_v1, from_v2 = _await(link_bits, link_bits + R, link_bits + stream, link_bits + stream + R)
-    behind_k1, behind_k2 = behind1 * from_k1[None, :] + behind_k1, behind2 * from_k2[None, :] + behind_k2
-    behind_v1, behind_v2 = behind1 * from_v1[None, :] + behind_v1, behind2 * from_v2[None, :] + behind_v2
-    _publish(
-        link - 2 * stream, R, stream, decay1 * behind_k1 + p_k1, decay2 * behind_k2 + p_k2, decay1 * behind_v1 + p_v1,
-        decay2 * behind_v2 + p_v2, rows_S == 0,
-    )  # fmt: skip
-    total_k1, total_v1 = _reverse_pass(e_k1, e_v1, u1, keep, behind_k1, behind_v1, L)
-    total_k2, total_v2 = _reverse_pass(e_k2, e_v2, u2, keep, behind_k2, behind_v2, L)
-
-    # the forward averages of the block once more, for the gates' gradient
-    decay1, s_k1, s_v1 = _local_pass(k1, v1, u1, keep, L)
-    decay2, s_k2, s_v2 = _local_pass(k2, v2, u2, keep, L)
-    front1, front_k1, front_v1 = _in_front(decay1, s_k1, s_v1, False)
-    front2, front_k2, front_v2 = _in_front(decay2, s_k2, s_v2, False)
-    front_k1, front_k2 = front1 * in_k1[None, :] + front_k1, front2 * in_k2[None, :] + front_k2
-    front_v1, front_v2 = front1 * in_v1[None, :] + front_v1, front2 * in_v2[None, :] + front_v2
+    rows_S, c_C = tl.arange(0, S), tl.arange(0, BH)
+    is_first_S1 = (rows_S == 0)[:, None]
+    k_ptr += b * k_b + h * k_h + first
+    v_ptr += b * v_b + h * v_h + first
+    g_ptr += b * g_b + h * g_h + first
+    dk_out_ptr += b * dk_b + h * dk_h + first
+    dv_out_ptr += b * dv_b + h * dv_h + first
     out_t = H * (2 * R)
-    out_offs = (rows_S * L * out_t)[:, None] + c_C[None, :]
-    out_0 = (b * T + t0) * out_t + h * (2 * R) + first
-    _backward_half(
-        k1, v1, u1, keep, front_k1, front_v1, total_k1, total_v1,
-        dk_ptr + out_0, dv_ptr + out_0, dg_ptr + out_0, out_offs, out_t, t_S, T, L, MASKED,
-    )  # fmt: skip
-    _backward_half(
-        k2, v2, u2, keep, front_k2, front_v2, total_k2, total_v2,
-        dk_ptr + out_0 + R, dv_ptr + out_0 + R, dg_ptr + out_0 + R, out_offs, out_t, t_S, T, L, MASKED,
-    )  # fmt: skip
+    out_0 = b * T * out_t + h * (2 * R) + first
+    k_offs, v_offs = (rows_S * L * k_t)[:, None] + c_C[None, :], (rows_S * L * v_t)[:, None] + c_C[None, :]
+    g_offs, out_offs = (rows_S * L * g_t)[:, None] + c_C[None, :], (rows_S * L * out_t)[:, None] + c_C[None, :]
+    dk_offs, dv_offs = (rows_S * L * dk_t)[:, None] + c_C[None, :], (rows_S * L * dv_t)[:, None] + c_C[None, :]
+    table_offs = (rows_S * L * R)[:, None] + c_C[None, :]
+    inf: tl.constexpr = float("inf")
+
+    stream = B * H * (2 * R)
+    column = (group // columns) * (2 * R) + first + c_C
+    link = chain_ptr + (last_block + 1).to(tl.int64) * 2 * stream + column
+    link_bits = link.to(tl.pointer_type(tl.int32))
+    zero_C = tl.zeros([BH], tl.float32)
+    from_k1, from_k2, from_v1, from_v2 = zero_C, zero_C, zero_C, zero_C
+    if STAGES > 1:
+        from_k1, from_k2, from_v1, from_v2 = _await(link_bits, link_bits + R, link_bits + stream, link_bits + stream + R)
+    for step in tl.range(0, tl.minimum(span, last_block + 1), num_stages=STAGES):
+        block = last_block - step
+        t0 = block * (S * L)
+        t_S, start = t0 + rows_S * L, t0.to(tl.int64)
+        g1 = _load_steps(g_ptr + start * g_t, g_offs, g_t, t_S, T, inf, L, MASKED)
+        g2 = _load_steps(g_ptr + start * g_t + R, g_offs, g_t, t_S, T, inf, L, MASKED)
+        r1 = _load_steps(dk_out_ptr + start * dk_t, dk_offs, dk_t, t_S, T, 0.0, L, MASKED)
+        r2 = _load_steps(dk_out_ptr + start * dk_t + R, dk_offs, dk_t, t_S, T, 0.0, L, MASKED)
+        e_v1 = _load_steps(dv_out_ptr + start * dv_t, dv_offs, dv_t, t_S, T, 0.0, L, MASKED)
+        e_v2 = _load_steps(dv_out_ptr + start * dv_t + R, dv_offs, dv_t, t_S, T, 0.0, L, MASKED)
+        k1 = _load_steps(k_ptr + start * k_t, k_offs, k_t, t_S, T, 0.0, L, MASKED)
+        k2 = _load_steps(k_ptr + start * k_t + R, k_offs, k_t, t_S, T, 0.0, L, MASKED)
+        v1 = _load_steps(v_ptr + start * v_t, v_offs, v_t, t_S, T, 0.0, L, MASKED)
+        v2 = _load_steps(v_ptr + start * v_t + R, v_offs, v_t, t_S, T, 0.0, L, MASKED)
+        table_0 = b * table_b + start * R + first
+        cos, sin = _load_tables(cos_ptr + table_0, sin_ptr + table_0, table_offs, t_S, T, R, L, ROTATE, MASKED)
+        keep = _load_keeps(starts_ptr + b * T, t_S, T, L, HAS_STARTS)
+        state = states_ptr + block.to(tl.int64) * 2 * stream + column
+        in_k1, in_k2 = tl.load(state), tl.load(state + R)
+        in_v1, in_v2 = tl.load(state + stream), tl.load(state + stream + R)
+        u1, u2, e_k1, e_k2 = (), (), (), ()
+        for i in tl.static_range(L):
+            u1 = u1 + (_input_weight(g1[i]),)
+            u2 = u2 + (_input_weight(g2[i]),)
+            d1, d2 = r1[i].to(tl.float32), r2[i].to(tl.float32)
+            e_k1 = e_k1 + (d1 * cos[i] + d2 * sin[i],)
+            e_k2 = e_k2 + (d2 * cos[i] - d1 * sin[i],)
+
+        decay1, end_k1, end_v1 = _reverse_local_pass(e_k1, e_v1, u1, keep, L)
+        decay2, end_k2, end_v2 = _reverse_local_pass(e_k2, e_v2, u2, keep, L)
+        behind1, p_k1, p_v1 = _in_front(decay1, end_k1, end_v1, True)
+        behind2, p_k2, p_v2 = _in_front(decay2, end_k2, end_v2, True)
+        if STAGES == 1:
+            from_k1, from_k2, from_v1, from_v2 = _await(link_bits, link_bits + R, link_bits + stream, link_bits + stream + R)
+        p_k1, p_k2 = behind1 * from_k1[None, :] + p_k1, behind2 * from_k2[None, :] + p_k2
+        p_v1, p_v2 = behind1 * from_v1[None, :] + p_v1, behind2 * from_v2[None, :] + p_v2
+        end_k1, end_k2 = decay1 * p_k1 + end_k1, decay2 * p_k2 + end_k2
+        end_v1, end_v2 = decay1 * p_v1 + end_v1, decay2 * p_v2 + end_v2
+        link -= 2 * stream
+        _publish(link, R, stream, end_k1, end_k2, end_v1, end_v2, is_first_S1)
+        if STAGES > 1:
+            from_k1, from_k2, from_v1, from_v2 = _pick_row(end_k1, end_k2, end_v1, end_v2, is_first_S1)
+
+        # the averages of the block once more, for the gates' gradient
+        decay1, s_k1, s_v1 = _local_pass(k1, v1, u1, keep, L)
+        decay2, s_k2, s_v2 = _local_pass(k2, v2, u2, keep, L)
+        front1, s_k1, s_v1 = _in_front(decay1, s_k1, s_v1, False)
+        front2, s_k2, s_v2 = _in_front(decay2, s_k2, s_v2, False)
+        s_k1, s_v1 = front1 * in_k1[None, :] + s_k1, front1 * in_v1[None, :] + s_v1
+        s_k2, s_v2 = front2 * in_k2[None, :] + s_k2, front2 * in_v2[None, :] + s_v2
+        dk_to, dv_to, dg_to = (dk_ptr + out_0 + start * out_t, dv_ptr + out_0 + start * out_t, dg_ptr + out_0 + start * out_t)
+        total_k1, total_v1 = _reverse_pass(e_k1, e_v1, u1, keep, p_k1, p_v1, L)
+        _store_gradients(
+            k1, v1, u1, keep, s_k1, s_v1, total_k1, total_v1, dk_to, dv_to, dg_to, out_offs, out_t, t_S, T, L, MASKED
+        )
+        total_k2, total_v2 = _reverse_pass(e_k2, e_v2, u2, keep, p_k2, p_v2, L)
+        _store_gradients(
+            k2, v2, u2, keep, s_k2, s_v2, total_k2, total_v2, dk_to + R, dv_to + R, dg_to + R, out_offs, out_t, t_S, T, L, MASKED
+        )
 
 
 def pair_block(head_dim: int) -> int:
@@ -372,6 +406,22 @@ def _table_arguments(cos: Tensor | None, sin: Tensor | None, filler: Tensor) -> 
     return cos, sin, cos.stride(0) if cos.dim() == 3 else 0
 
 
+def _regime(k_BTHK: Tensor) -> tuple[tuple[Tile, Tile], int]:
+    """The tile table (forward, backward) for these inputs, and their number of column programs."""
+    batch, _, heads, channels = k_BTHK.shape
+    programs = batch * heads * (channels // 2 // pair_block(channels))
+    return (MANY_COLUMNS if programs >= MANY_PROGRAMS else FEW_COLUMNS), programs
+
+
+def _launch_shape(tile: Tile, length: int, programs: int) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid, and the arguments both kernels share: one program walks all blocks (several load stages) or just one."""
+    segments, steps, warps, stages, registers = tile
+    blocks = triton.cdiv(length, segments * steps)
+    span = blocks if stages > 1 else 1
+    options = {"S": segments, "L": steps, "STAGES": stages, "num_warps": warps, "maxnreg": registers}
+    return (programs * (blocks // span),), {"blocks": blocks, "span": span, "MASKED": length % (segments * steps) != 0, **options}
+
+
 def scan_forward(
     k_BTHK: Tensor,
     v_BTHK: Tensor,
@@ -381,29 +431,25 @@ def scan_forward(
     start: tuple[Tensor, Tensor] | None,
     starts_BT: Tensor | None,
     out_dtype: torch.dtype,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Launches the forward: (k_out, v_out, final states (2, B, H, K) fp32, states in front of every backward block or None)."""
-    segments, steps, warps = FORWARD_TILE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the forward: (k_out, v_out, states (blocks + 1, 2, B, H, K) fp32 in front of every block and behind the last)."""
     batch, length, heads, channels = k_BTHK.shape
-    pairs, blocks = pair_block(channels), triton.cdiv(length, segments * steps)
-    save_steps = BACKWARD_TILE[0] * BACKWARD_TILE[1] if save else 0
+    (tile, _), programs = _regime(k_BTHK)
+    grid, shape = _launch_shape(tile, length, programs)
     k_out, v_out = (torch.empty(k_BTHK.shape, dtype=out_dtype, device=k_BTHK.device) for _ in range(2))
-    chain = _new_chain(blocks, k_BTHK)
+    chain = _new_chain(shape["blocks"], k_BTHK)
     if start is None:
         chain[0].zero_()
     else:
         chain[0, 0].copy_(start[0])
         chain[0, 1].copy_(start[1])
-    saved = chain.new_empty(triton.cdiv(length, save_steps), *chain.shape[1:]) if save else None
     cos, sin, table_b = _table_arguments(cos, sin, k_BTHK)
-    _forward_kernel[(blocks * batch * heads * (channels // 2 // pairs),)](
+    _forward_kernel[grid](
         k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, k_out, v_out, chain,
-        chain if saved is None else saved, batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK), table_b,
-        R=channels // 2, BH=pairs, S=segments, L=steps, SAVE_STEPS=save_steps, ROTATE=cos is not k_BTHK,
-        HAS_STARTS=starts_BT is not None, MASKED=length % (segments * steps) != 0, num_warps=warps,
+        batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK), table_b,
+        R=channels // 2, BH=pair_block(channels), ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **shape,
     )  # fmt: skip
-    return k_out, v_out, chain[-1], saved
+    return k_out, v_out, chain
 
 
 def scan_backward(
@@ -413,25 +459,24 @@ def scan_backward(
     cos: Tensor | None,
     sin: Tensor | None,
     starts_BT: Tensor | None,
-    saved: Tensor,
+    states: Tensor,
     dk_out_BTHK: Tensor,
     dv_out_BTHK: Tensor,
     dlast: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches the backward: (dk, dv, dg, gradient of the initial states (2, B, H, K) fp32)."""
-    segments, steps, warps = BACKWARD_TILE
+    """Launches the backward, `states` from the forward: (dk, dv, dg, gradient of the initial states (2, B, H, K) fp32)."""
     batch, length, heads, channels = k_BTHK.shape
-    pairs, blocks = pair_block(channels), triton.cdiv(length, segments * steps)
+    (_, tile), programs = _regime(k_BTHK)
+    grid, shape = _launch_shape(tile, length, programs)
     dk, dv, dg = (torch.empty(k_BTHK.shape, dtype=x.dtype, device=x.device) for x in (k_BTHK, v_BTHK, g_BTHK))
-    chain = _new_chain(blocks, k_BTHK)
+    chain = _new_chain(shape["blocks"], k_BTHK)
     chain[-1, 0].copy_(dlast[0])
     chain[-1, 1].copy_(dlast[1])
     cos, sin, table_b = _table_arguments(cos, sin, k_BTHK)
-    _backward_kernel[(blocks * batch * heads * (channels // 2 // pairs),)](
-        k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, dk_out_BTHK, dv_out_BTHK, saved, chain,
-        dk, dv, dg, batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK, dk_out_BTHK, dv_out_BTHK), table_b, blocks,
-        R=channels // 2, BH=pairs, S=segments, L=steps, ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None,
-        MASKED=length % (segments * steps) != 0, num_warps=warps,
+    _backward_kernel[grid](
+        k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, dk_out_BTHK, dv_out_BTHK, states, chain,
+        dk, dv, dg, batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK, dk_out_BTHK, dv_out_BTHK), table_b,
+        R=channels // 2, BH=pair_block(channels), ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **shape,
     )  # fmt: skip
     return dk, dv, dg, chain[0]
 
@@ -451,14 +496,13 @@ class GatedScan(torch.autograd.Function):
         start_v_BHK: Tensor | None,
         starts_BT: Tensor | None,
         out_dtype: torch.dtype,
-        save: bool,
     ) -> tuple[Tensor, ...]:
         """Launches the forward and keeps its inputs and per-row results."""
         start = None if start_k_BHK is None or start_v_BHK is None else (start_k_BHK, start_v_BHK)
-        k_out, v_out, last, saved = scan_forward(k_BTHK, v_BTHK, g_BTHK, cos, sin, start, starts_BT, out_dtype, save)
-        ctx.save_for_backward(k_BTHK, v_BTHK, g_BTHK, cos, sin, starts_BT, saved)
+        k_out, v_out, states = scan_forward(k_BTHK, v_BTHK, g_BTHK, cos, sin, start, starts_BT, out_dtype)
+        ctx.save_for_backward(k_BTHK, v_BTHK, g_BTHK, cos, sin, starts_BT, states)
         ctx.has_start = start is not None
-        return k_out, v_out, last[0].clone(), last[1].clone()
+        return k_out, v_out, states[-1, 0].clone(), states[-1, 1].clone()
 
     @staticmethod
     @once_differentiable
@@ -466,10 +510,10 @@ class GatedScan(torch.autograd.Function):
         ctx: Any, dk_out_BTHK: Tensor, dv_out_BTHK: Tensor, dlast_k_BHK: Tensor, dlast_v_BHK: Tensor
     ) -> tuple[Tensor | None, ...]:
         """Launches the backward."""
-        k_BTHK, v_BTHK, g_BTHK, cos, sin, starts_BT, saved = ctx.saved_tensors
+        k_BTHK, v_BTHK, g_BTHK, cos, sin, starts_BT, states = ctx.saved_tensors
         dk_out_BTHK, dv_out_BTHK = (d if d.stride(-1) == 1 else d.contiguous() for d in (dk_out_BTHK, dv_out_BTHK))
         dk, dv, dg, dstart = scan_backward(
-            k_BTHK, v_BTHK, g_BTHK, cos, sin, starts_BT, saved, dk_out_BTHK, dv_out_BTHK, (dlast_k_BHK, dlast_v_BHK)
+            k_BTHK, v_BTHK, g_BTHK, cos, sin, starts_BT, states, dk_out_BTHK, dv_out_BTHK, (dlast_k_BHK, dlast_v_BHK)
         )
         dstart_k, dstart_v = dstart if ctx.has_start else (None, None)
-        return dk, dv, dg, None, None, dstart_k, dstart_v, None, None, None
+        return dk, dv, dg, None, None, dstart_k, dstart_v, None, None
