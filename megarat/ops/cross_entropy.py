@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-DEFAULT_CHUNK_BYTES = 256 << 20  # of fp32 logits: large enough to keep matrix units busy, small beside a training step's memory
-CPU_CHUNK_BYTES = 16 << 20  # about what the last-level cache of a desktop holds
+from megarat.ops.dispatch import choose_backend
+
+CUDA_CHUNK_BYTES = 512 << 20  # of logits: long enough products for the matrix units, small beside a training step's memory
+CPU_CHUNK_BYTES = 16 << 20  # of fp32 logits: about what the last-level cache of a desktop holds
 
 
 class Statistics(NamedTuple):
@@ -73,6 +75,33 @@ def _logit_gradient_(logits_nV: Tensor, joined: Statistics, labels_n: Tensor, vo
     return logits_nV.mul_(weights_n[:, None])
 
 
+def _torch_rows(
+    logits_nV: Tensor, labels_n: Tensor, vocab_start: int, weights_n: Tensor, combine: Combine | None, want_gradient: bool
+) -> tuple[Statistics, Tensor]:
+    """Joined statistics of a chunk's rows, and (in fp32, if wanted) the gradient of its logits."""
+    logits_nV = logits_nV.to(weights_n.dtype)
+    joined = partial_statistics(logits_nV, labels_n, vocab_start)
+    if combine is not None:
+        joined = combine(joined)
+    if want_gradient:
+        _logit_gradient_(logits_nV, joined, labels_n, vocab_start, weights_n)
+    return joined, logits_nV
+
+
+def _triton_rows(
+    logits_nV: Tensor, labels_n: Tensor, vocab_start: int, weights_n: Tensor, combine: Combine | None, want_gradient: bool
+) -> tuple[Statistics, Tensor]:
+    """The same by the kernels, in place of the logits and in their dtype."""
+    from megarat.ops.kernels.cross_entropy import logit_gradient_, row_statistics
+
+    if combine is None:
+        return Statistics(*row_statistics(logits_nV, labels_n, vocab_start, weights_n if want_gradient else None)), logits_nV
+    joined = combine(Statistics(*row_statistics(logits_nV, labels_n, vocab_start)))
+    if want_gradient:
+        logit_gradient_(logits_nV, joined.largest, joined.sum_exp, labels_n, vocab_start, weights_n)
+    return joined, logits_nV
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -86,7 +115,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocab_start: int,
         combine: Combine | None,
         want_gradients: bool,
+        rows_of_chunk: Callable[..., tuple[Statistics, Tensor]],
     ) -> tuple[Tensor, Tensor]:
+        """Walks the chunks; keeps the gradients for a loss gradient of 1."""
         compute = torch.float64 if x_NC.dtype == torch.float64 else torch.float32
         kept_N = labels_N != ignore_index
         count = kept_N.sum()
@@ -98,16 +129,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight_VC = torch.zeros(weight_VC.shape, dtype=compute, device=x_NC.device) if want_gradients else None
         for start in range(0, x_NC.shape[0], chunk):
             rows = slice(start, start + chunk)
-            logits_nV = (x_NC[rows] @ weight_VC.T).to(compute)
-            joined = partial_statistics(logits_nV, labels_N[rows], vocab_start)
-            if combine is not None:
-                joined = combine(joined)
+            joined, dlogits_nV = rows_of_chunk(
+                x_NC[rows] @ weight_VC.T, labels_N[rows], vocab_start, weights_N[rows], combine, want_gradients
+            )
             loss += ((joined.largest + joined.sum_exp.log() - joined.target) * weights_N[rows]).sum()
-            if dx_NC is None or dweight_VC is None:
-                continue
-            dlogits_nV = _logit_gradient_(logits_nV, joined, labels_N[rows], vocab_start, weights_N[rows]).to(x_NC.dtype)
-            torch.mm(dlogits_nV, weight_VC, out=dx_NC[rows])
-            _accumulate_outer(dweight_VC, dlogits_nV, x_NC[rows])
+            if dx_NC is not None and dweight_VC is not None:
+                dlogits_nV = dlogits_nV.to(x_NC.dtype)
+                torch.mm(dlogits_nV, weight_VC, out=dx_NC[rows])
+                _accumulate_outer(dweight_VC, dlogits_nV, x_NC[rows])
         if dx_NC is not None and dweight_VC is not None:
             ctx.save_for_backward(dx_NC, dweight_VC.to(weight_VC.dtype))
         ctx.mark_non_differentiable(count)
@@ -116,8 +145,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, _dcount: Tensor) -> tuple[Tensor | None, ...]:
+        """Scales the gradients that the forward made."""
         dx_NC, dweight_VC = ctx.saved_tensors
-        return dx_NC * dloss.to(dx_NC.dtype), dweight_VC * dloss.to(dweight_VC.dtype), *(None,) * 7
+        return dx_NC * dloss.to(dx_NC.dtype), dweight_VC * dloss.to(dweight_VC.dtype), *(None,) * 8
 
 
 def _accumulate_outer(dweight_VC: Tensor, dlogits_nV: Tensor, x_nC: Tensor) -> None:
@@ -140,13 +170,15 @@ def linear_cross_entropy(
     reduction: str = "mean",
     vocab_start: int = 0,
     combine: Combine | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of `x W^T` against labels without ever holding all logits.
 
     x_NC, weight_VC: one float dtype. labels_N: int64; rows with `ignore_index` count for nothing.
-    chunk: rows at a time; by default as many as keep the fp32 logits of a chunk at 256 MB (16 MB on a CPU).
+    chunk: rows at a time; by default equal chunks of at most 512 MB of logits (16 MB of fp32 logits on a CPU).
     reduction: "mean" over the kept rows (0 if there are none) or "sum".
     vocab_start, combine: for a vocabulary split over ranks, see the module's docstring.
+    backend: of the passes over the logits: "triton", "reference" or None to choose (see ops.dispatch); products are torch's.
 
     Returns (loss, count of kept rows): a scalar fp32 (float64 for float64 inputs) and a scalar int64.
     """
@@ -154,11 +186,21 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: reduction={reduction!r}, expected 'mean' or 'sum'")
     if x_NC.dtype != weight_VC.dtype:
         raise ValueError(f"linear_cross_entropy: x is {x_NC.dtype} but the weight is {weight_VC.dtype}")
-    if chunk is None:
-        budget = DEFAULT_CHUNK_BYTES if x_NC.is_cuda else CPU_CHUNK_BYTES
-        chunk = max(1, budget // (4 * weight_VC.shape[0]))
+    x_NC, labels_N = x_NC.contiguous(), labels_N.contiguous()
+    unsupported = "the inputs are float64" if x_NC.dtype == torch.float64 else None
+    kernels = choose_backend("linear_cross_entropy", backend, x_NC, unsupported) == "triton"
     want_gradients = torch.is_grad_enabled() and (x_NC.requires_grad or weight_VC.requires_grad)
     loss, count = _LinearCrossEntropy.apply(
-        x_NC, weight_VC, labels_N, ignore_index, chunk, reduction, vocab_start, combine, want_gradients
-    )
+        x_NC, weight_VC, labels_N, ignore_index, chunk or _default_chunk(x_NC, weight_VC), reduction, vocab_start, combine,
+        want_gradients, _triton_rows if kernels else _torch_rows,
+    )  # fmt: skip
     return loss, count
+
+
+def _default_chunk(x_NC: Tensor, weight_VC: Tensor) -> int:
+    """Rows of a chunk: as few equal chunks as the budget allows, in steps of 128 rows where there are many."""
+    rows, entries = x_NC.shape[0], weight_VC.shape[0]
+    limit = CUDA_CHUNK_BYTES // (x_NC.element_size() * entries) if x_NC.is_cuda else CPU_CHUNK_BYTES // (4 * entries)
+    chunks = -(-rows // max(1, limit))
+    chunk = -(-rows // max(1, chunks))
+    return max(1, -(-chunk // 128) * 128 if chunk > 1024 else chunk)
