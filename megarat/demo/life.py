@@ -24,9 +24,12 @@ from typing import Any
 import torch
 import yaml
 
+from megarat.config import ModelConfig
+from megarat.data.reader import TokenReader
 from megarat.data.tokenizer import load_tokenizer
 from megarat.demo import corpus
 from megarat.demo.report import Story, write_report
+from megarat.engine import resolve_precision
 from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED, UserError
 from megarat.eval.runner import EvalSettings, evaluate, table, write_results
 from megarat.infer.generate import Sampling
@@ -37,6 +40,7 @@ from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import resolve
 
 ADAPTED = "D=16,W=32,I=4"
+HELD_OUT = 0.05  # of the documents: enough tokens to score in seconds, even of a small text
 PATTERNS = ("dense", "D=4", "D=16", "D=64", ADAPTED)
 PROMPTS = ("The city is located in", "He was born in 1950 and", "The most important thing about a company is")
 
@@ -97,7 +101,7 @@ def demo(out: str, texts: Sequence[str] = (), tokenizer: str | None = None, pair
     stages.begin("real text and a real tokenizer")
     documents, tokenizer_path, sources = _fetch(folder, texts, tokenizer, scale)
     stages.begin("shards")
-    _build_shards(folder, documents, tokenizer_path)
+    _build_shards(folder, documents, tokenizer_path, scale)
     stages.begin("how many pairs fit")
     configs = _write_configs(folder, scale, tokenizer_path, pairs)
     stages.begin(f"pretraining, {configs.pairs} sparse + dense pairs, stopped half way and resumed")
@@ -145,20 +149,17 @@ def _fetch(folder: Path, texts: Sequence[str], tokenizer: str | None, scale: Sca
     return documents, Path(tokenizer) if tokenizer else fetched.tokenizer, list(fetched.licences)
 
 
-def _build_shards(folder: Path, documents: list[Path], tokenizer: Path) -> None:
+def _build_shards(folder: Path, documents: list[Path], tokenizer: Path, scale: Scale) -> None:
     inputs = [str(path) for path in documents]
-    _run(
-        [
-            sys.executable,
-            "-m",
-            "data_tools.build_shards",
-            *inputs,
-            "--tokenizer",
-            str(tokenizer),
-            "--output",
-            str(folder / "shards"),
-        ]
-    )
+    shards = folder / "shards"
+    options = ["--tokenizer", str(tokenizer), "--output", str(shards), "--held-out", str(HELD_OUT)]
+    _run([sys.executable, "-m", "data_tools.build_shards", *inputs, *options])
+    for split in ("train", "validation"):
+        held = TokenReader(shards / split).num_tokens if (shards / split).is_dir() else 0
+        if held <= scale.sequence_length:
+            raise UserError(
+                f"--text: {split} would hold {held} tokens; the demo needs more than {scale.sequence_length}. Give more text"
+            )
 
 
 @dataclass(frozen=True)
@@ -173,19 +174,17 @@ def _write_configs(folder: Path, scale: Scale, tokenizer: Path, pairs: int | Non
     """The two YAML files of the demo; an existing pair of them is kept, so that an interrupted demo goes on with the same run."""
     pretrain, adapt = folder / "pretrain.yaml", folder / "adapt.yaml"
     if not (pretrain.exists() and adapt.exists()) or pairs is not None:
-        vocab = max(32000, load_tokenizer(tokenizer).vocab_size)
+        vocab = _round_up(load_tokenizer(tokenizer).vocab_size, 64)
         model = {**scale.model, "vocab": vocab}
         tree = _pretrain_tree(folder, scale, model, pairs or _pairs_that_fit(scale, vocab))
         pretrain.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
         adapt.write_text(yaml.safe_dump(_adapt_tree(folder, tree), sort_keys=False), encoding="utf-8")
     tree = yaml.safe_load(pretrain.read_text(encoding="utf-8"))
-    return _Configs(pretrain, adapt, tree["train"]["pairs"], parameter_count(_model_config(tree["model"])))
+    return _Configs(pretrain, adapt, tree["train"]["pairs"], parameter_count(ModelConfig(**tree["model"])))
 
 
-def _model_config(settings: dict[str, Any]) -> Any:
-    from megarat.config import ModelConfig
-
-    return ModelConfig(**settings)
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _pretrain_tree(folder: Path, scale: Scale, model: dict[str, Any], pairs: int) -> dict[str, Any]:
@@ -224,9 +223,7 @@ def _pairs_that_fit(scale: Scale, vocab: int) -> int:
 
 
 def _time_pair(scale: Scale, vocab: int, device: str) -> float:
-    from megarat.engine import resolve_precision
-
-    config = _model_config({**scale.model, "vocab": vocab})
+    config = ModelConfig(**scale.model, vocab=vocab)
     dtype = torch.bfloat16 if resolve_precision("auto", torch.device(device)) == "bf16" else torch.float32
     model = RATPlusLM(config).initialise(0).to(device=device, dtype=dtype)
     optimizer = torch.optim.AdamW(model.parameters())

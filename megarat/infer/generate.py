@@ -90,12 +90,14 @@ def generate(
     attention_mask_BT: Tensor | None = None,
     sampling: Sampling = GREEDY,
     stop_id: int | None = None,
+    vocabulary: int | None = None,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """New tokens (B, <= max_new_tokens), int64; rows that met ``stop_id`` are filled up with it.
 
     ``attention_mask_BT`` (1 real, 0 padding; None: all real) may pad each row on the left or on the right. ``on_token`` sees each step's
-    (B,) tokens as they are drawn. Raises ``UserError`` for empty prompts and for padding in the middle of a prompt.
+    (B,) tokens as they are drawn. Only ids below ``vocabulary`` are drawn (a tokenizer may have fewer entries than the model; None: all).
+    Raises ``UserError`` for empty prompts and for padding in the middle of a prompt.
     """
     prompts_BT, lengths_B = align_right_padded(ids_BT, attention_mask_BT)
     if max_new_tokens < 1:
@@ -108,7 +110,7 @@ def generate(
     stopped_B = torch.zeros(len(prompts_BT), dtype=torch.bool, device=prompts_BT.device)
     tokens: list[Tensor] = []
     while True:
-        next_B = draw(logits_BV, seen_BV, sampling, generator)
+        next_B = draw(logits_BV[:, :vocabulary], seen_BV[:, :vocabulary], sampling, generator)
         if stop_id is not None:
             next_B = torch.where(stopped_B, stop_id, next_B)
             stopped_B |= next_B == stop_id

@@ -93,9 +93,11 @@ def load(
     ``checkpoint`` is a checkpoint folder, or a run folder (its latest one). ``pattern`` is a string such as ``"D=16,W=32,I=4"`` or
     ``"dense"``, or a list of them, one a layer; None takes the pattern the checkpoint was trained for. ``device`` defaults to the GPU if
     there is one, ``dtype`` to bf16 on GPUs and fp32 on CPUs (fp32 weights are the optimizer's masters where the checkpoint has them).
-    Raises ``UserError`` when there is no whole checkpoint, or the pattern does not fit the model.
+    Raises ``UserError`` when there is no whole checkpoint, no such device, or the pattern does not fit the model.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device}: torch finds no GPU on this machine; use cpu")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     folder = checkpoints.resolve(checkpoint)
     state = checkpoints.load_state(folder)

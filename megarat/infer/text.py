@@ -33,13 +33,14 @@ def print_continuation(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[precision]
     model = load(checkpoint, pattern, device, dtype)
     text = find_tokenizer(model, tokenizer)
+    prompt_length = len(encode_prompt(model, text, prompt))
     print(describe_model(model), file=sys.stderr)
     print(prompt, end="", flush=True)
     start = time.perf_counter()
     tokens = continue_text(model, text, prompt, max_new_tokens, sampling, sys.stdout)
     seconds = time.perf_counter() - start
     print()
-    length = len(text.encode([prompt])[0]) + tokens
+    length = prompt_length + tokens
     print(
         f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s); "
         f"cache for {length} tokens: {model.cache_bytes(length) / 2**20:.2f} MiB",
@@ -64,7 +65,16 @@ def continue_text(
             shown = text
 
     prompt_BT = torch.tensor([prompt_ids], device=model.device)
-    generate(model.lm, prompt_BT, max_new_tokens, model.patterns, sampling=sampling, stop_id=tokenizer.eos_id, on_token=stream)
+    generate(
+        model.lm,
+        prompt_BT,
+        max_new_tokens,
+        model.patterns,
+        sampling=sampling,
+        stop_id=tokenizer.eos_id,
+        vocabulary=tokenizer.vocab_size,
+        on_token=stream,
+    )
     return len(ids)
 
 
