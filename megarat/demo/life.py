@@ -66,15 +66,15 @@ class Scale:
 
 
 CPU_SCALE = Scale(
-    model={"layers": 4, "hidden": 256, "heads": 2},
+    model={"layers": 4, "hidden": 128, "heads": 2},
     sequence_length=256,
-    global_batch=8,
-    micro_batch=8,
-    lr=3e-3,
+    global_batch=4,
+    micro_batch=4,
+    lr=4e-3,
     text_mb=6,
-    pretrain_seconds=120,
-    most_pairs=200,
-    eval_tokens=8192,
+    pretrain_seconds=130,
+    most_pairs=600,
+    eval_tokens=16384,
 )
 GPU_SCALE = Scale(
     model={"layers": 12, "hidden": 768, "heads": 6},
