@@ -229,7 +229,8 @@ def _pattern(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--pattern {text!r} is not a YAML list: {error}; write for example '[dense, \"D=16,W=32\"]'") from None
+        fault = " ".join(str(error).split())
+        raise UserError(f"--pattern {text!r} is not a YAML list: {fault}; write for example '[dense, \"D=16,W=32\"]'") from None
 
 
 def _quoted(pattern: str) -> str:

@@ -54,8 +54,8 @@ def checkpoint(golden_pth, tmp_path_factory) -> Path:
     return folder
 
 
-def settings(shards: Path, **changes) -> EvalSettings:
-    base = {"patterns": PATTERNS, "shards": str(shards), "sequence_length": LENGTH, "device": "cpu", "progress": False}
+def settings(corpus: Path, **changes) -> EvalSettings:
+    base = {"patterns": PATTERNS, "shards": str(corpus), "sequence_length": LENGTH, "device": "cpu", "progress": False}
     return EvalSettings(**{**base, "micro_batch": 5, **changes})
 
 
@@ -151,7 +151,7 @@ def test_bytes_are_written_with_their_unit(count, text):
         ({"split": "test"}, "--split: 'test'; expected train or validation"),
         ({"patterns": ["dense", "D=0"]}, "the dilation D must be 1"),
         ({"patterns": [["dense"] * 5]}, "5 entries for 2 layers"),
-        ({"shards": "absent"}, "absent"),
+        ({"shards": "absent"}, "absent/validation"),
         ({"sequence_length": 403}, "403"),
     ],
 )
