@@ -16,6 +16,7 @@ Facts about DeepSpeed 0.19 that shaped this file:
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import io
@@ -62,7 +63,7 @@ class Engine:
         self.precision = resolve_precision(config.train.precision, mesh.device)
         self.micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.world_size)
         deepspeed = _import_deepspeed(mesh.device)
-        deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)
+        _connect(deepspeed, mesh)
         initial = {name: parameter.data for name, parameter in model.named_parameters()}
         self._shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
         optimizer = _adamw(_parameter_groups(model, config.optim), config.optim, mesh.device)
@@ -95,7 +96,7 @@ class Engine:
         if len(micro_batches) != self.micro_batches:
             raise ValueError(f"{len(micro_batches)} micro-batches given; the engine was built for {self.micro_batches}")
         loss = self._accumulate(micro_batches, patterns)
-        loss_value, norm = torch.stack([loss, self._gradient_norm()]).tolist()  # the update's one wait for the device
+        loss_value, norm = torch.stack([loss, self._gradient_norm()]).tolist()  # one copy to the host
         finite = math.isfinite(loss_value) and math.isfinite(norm)
         if finite:
             for group in self._adamw.param_groups:
@@ -270,8 +271,21 @@ def _import_deepspeed(device: torch.device) -> Any:
 
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)  # DeepSpeed's own calls
+    for message in (r"`torch.distributed.\w+` is deprecated", r"barrier\(\): using the device under current context"):
+        warnings.filterwarnings("ignore", message)  # of calls that DeepSpeed makes
     return deepspeed
+
+
+def _connect(deepspeed: Any, mesh: Mesh) -> None:
+    """Join the processes of the run, once a process, and leave them when it ends."""
+    if not torch.distributed.is_initialized():
+        atexit.register(_disconnect)
+    deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)
+
+
+def _disconnect() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _deepspeed_config(config: Config, precision: str, micro_batches: int, parameters: int) -> dict[str, Any]:

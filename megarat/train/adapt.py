@@ -12,7 +12,8 @@ from pathlib import Path
 from megarat.checkpoint import load as checkpoints
 from megarat.config import Config
 from megarat.errors import UserError
-from megarat.train.loop import Parent, train
+from megarat.train.loop import train
+from megarat.train.run import Parent
 
 
 def adapt(config: Config, checkpoint: str | Path) -> Path:

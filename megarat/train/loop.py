@@ -5,44 +5,26 @@ Pretraining and adaptation are the same loop; what differs is in the config (a s
 
 from __future__ import annotations
 
-import base64
 import errno
 import sys
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import torch
-
-from megarat.checkpoint import load as checkpoints
 from megarat.checkpoint.manifest import CheckpointState
-from megarat.checkpoint.save import Snapshot, prune, remove_leftovers, save
 from megarat.config import Config
-from megarat.data.format import INDEX_NAME, file_sha256
-from megarat.data.loader import Loader, PairBatch, chain
-from megarat.data.plan import Plan, RandomOffsetPlan, ShuffledPlan
-from megarat.data.reader import TokenReader, check_vocabulary
-from megarat.engine import MASTER, Engine, resolve_precision
+from megarat.data.loader import PairBatch, chain
 from megarat.errors import StoppedEarly, UserError
 from megarat.log import RunLog
-from megarat.mesh import Mesh, start
 from megarat.model.flops import pair_flops_per_token, parameter_count, peak_flops
-from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import describe
 from megarat.train.guard import SkipCounter, StopRequest, run_lock
+from megarat.train.run import Parent, Run, build
 from megarat.train.run_folder import open_run, record_start
 from megarat.train.schedule import learning_rate
 from megarat.train.step import PairResult, train_pair
-
-
-class Parent(NamedTuple):
-    """The checkpoint whose weights a run starts from."""
-
-    folder: Path
-    provenance: dict[str, Any]  # recorded in every checkpoint of the run; "content" is the hash that names the parent
 
 
 def pretrain(config: Config) -> Path:
@@ -59,17 +41,19 @@ def train(config: Config, kind: str, parent: Parent | None = None) -> Path:
     run_dir = Path(config.run.dir)
     _make_folder(run_dir)
     with _full_disk(run_dir), run_lock(run_dir), StopRequest(config.train.wall_clock_minutes).listening() as stop:
-        checkpoint, state = open_run(config, kind)
-        if checkpoint is not None and state is not None and state.pair >= config.train.pairs:
-            print(f"{run_dir}: finished after {state.pair} pairs; raise train.pairs to train on", file=sys.stderr)
-            return checkpoint
-        run = _build(config, kind, checkpoint, state, parent)
+        resume = open_run(config, kind)
+        if resume is not None and resume.state.pair >= config.train.pairs:
+            print(f"{run_dir}: finished after {resume.state.pair} pairs; raise train.pairs to train on", file=sys.stderr)
+            return resume.folder
+        run = build(config, kind, resume, parent)
+        record_start(config)
         with RunLog(run_dir, config, run.state.pair, run.mesh.is_first) as log:
             log.say(_headline(run))
             return _loop(run, stop, log)
 
 
 def _loop(run: Run, stop: StopRequest, log: RunLog) -> Path:
+    """Train pair after pair; returns the last checkpoint or raises ``StoppedEarly``."""
     config, state = run.config, run.state
     skips = SkipCounter(config.train.max_skipped, state.skipped, state.skipped_in_row)
     clock = _Clock(run)
@@ -81,7 +65,7 @@ def _loop(run: Run, stop: StopRequest, log: RunLog) -> Path:
             lr = learning_rate(state.pair, config.train.pairs, config.optim)
             result = train_pair(run.engine, batch.micro_batches, config.sparse_patterns, config.patterns, lr)
             skips.record(state.pair, result.finite)
-            _advance(state, batch, result, skips)
+            _advance(state, batch, skips.in_row)
             log.pair(clock.metrics(batch, result, lr))
             saved = run.save() if state.pair % config.checkpoint.every == 0 else None
     saved = saved or run.save()
@@ -93,105 +77,12 @@ def _loop(run: Run, stop: StopRequest, log: RunLog) -> Path:
     return saved
 
 
-def _advance(state: CheckpointState, batch: PairBatch, result: PairResult, skips: SkipCounter) -> None:
+def _advance(state: CheckpointState, batch: PairBatch, skipped_in_row: int) -> None:
     """Move counters and stream hash past a pair; a skipped pair has used its tokens and its place in the schedule, too."""
     state.pair += 1
     state.tokens += batch.tokens
     state.stream_hash = chain(state.stream_hash, batch.digest)
-    state.skipped_in_row = skips.in_row
-
-
-@dataclass
-class Run:
-    """Everything the loop works on. ``state`` says where it stands."""
-
-    config: Config
-    mesh: Mesh
-    engine: Engine
-    loader: Loader
-    state: CheckpointState
-    resumed_from: Path | None
-
-    def save(self) -> Path:
-        """Write a checkpoint of this moment and remove those the config no longer keeps."""
-        folder = Path(self.config.run.dir) / checkpoints.CHECKPOINTS
-        named, self.state.optimizer_steps = self.engine.named_state()
-        masters = named.pop(MASTER)
-        in_fp32 = self.engine.precision == "fp32"
-        tokenizer = Path(self.config.data.shards) / "tokenizer"
-        self.state.random_state = _random_state()
-        snapshot = Snapshot(
-            state=self.state,
-            weights=masters if in_fp32 else {name: master.to(self.engine.dtype) for name, master in masters.items()},
-            masters={} if in_fp32 else masters,
-            moments=named,
-            tokenizer=tokenizer if tokenizer.is_dir() else None,
-        )
-        saved = save(folder, snapshot)
-        prune(folder, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
-        return saved
-
-
-def _build(config: Config, kind: str, checkpoint: Path | None, state: CheckpointState | None, parent: Parent | None) -> Run:
-    """Data, model and engine, and the state of ``checkpoint`` in them."""
-    mesh = start(config.run.device)
-    precision = resolve_precision(config.train.precision, mesh.device)
-    reader = TokenReader(Path(config.data.shards) / "train")
-    check_vocabulary(reader.index, config.model.vocab)
-    loader = Loader(
-        reader,
-        _plan(config, reader),
-        sequence_length=config.data.sequence_length,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        data_rank=mesh.rank,
-        data_size=mesh.world_size,
-    )
-    data_identity = file_sha256(reader.index.folder / INDEX_NAME)
-    if state is not None:
-        _check_resumable(state, precision, data_identity, reader, parent)
-    model = RATPlusLM(config.model)
-    if checkpoint is None and parent is None:
-        model.initialise(config.train.seed)
-    engine = Engine(model, config, mesh)
-    if checkpoint is not None and state is not None:
-        engine.load_named_state(checkpoints.load_optimizer(checkpoint), state.optimizer_steps)
-        _restore_random_state(state.random_state)
-        state.config = config
-    else:
-        state = CheckpointState(kind, 0, 0, config, describe(config.patterns), precision, data_identity=data_identity)
-        if parent is not None:
-            engine.load_weights(checkpoints.load_weights(parent.folder))
-            state.parent = parent.provenance
-    state.mesh = mesh.describe() | {"zero": config.parallel.zero}
-    record_start(config)
-    remove_leftovers(Path(config.run.dir) / checkpoints.CHECKPOINTS)
-    return Run(config, mesh, engine, loader, state, checkpoint)
-
-
-def _plan(config: Config, reader: TokenReader) -> Plan:
-    kind = RandomOffsetPlan if config.data.order == "random_offsets" else ShuffledPlan
-    return kind(reader.num_tokens, config.data.sequence_length, config.train.seed)
-
-
-def _check_resumable(
-    state: CheckpointState, precision: str, data_identity: str, reader: TokenReader, parent: Parent | None
-) -> None:
-    if state.precision != precision:
-        raise UserError(
-            f"train.precision: the run was trained in {state.precision}, but this machine would go on in {precision}; "
-            f"set train.precision={state.precision}"
-        )
-    if state.data_identity != data_identity:
-        raise UserError(
-            f"data.shards: {reader.index.folder / INDEX_NAME} is not the data this run was trained on (its hash is "
-            f"{data_identity[:16]}…, the checkpoint's {state.data_identity[:16]}…); name the shards the run began with"
-        )
-    if parent is not None and state.parent is not None and state.parent["content"] != parent.provenance["content"]:
-        raise UserError(
-            f"run.dir {state.config.run.dir} was started from {state.parent['path']}, not from {parent.folder}; name that checkpoint to go "
-            "on, or give this run another run.dir"
-        )
+    state.skipped_in_row = skipped_in_row
 
 
 def _make_folder(run_dir: Path) -> None:
@@ -262,20 +153,3 @@ class _Clock:
             "seconds": seconds,
             "skipped": not result.finite,
         }
-
-
-def _random_state() -> dict[str, str]:
-    """Generators' states. Training draws nothing from them after the weights are made; they are kept so that this may change."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
-
-
-def _restore_random_state(states: dict[str, str]) -> None:
-    for device, text in states.items():
-        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-        if device == "cpu":
-            torch.set_rng_state(state)
-        elif torch.cuda.is_available():
-            torch.cuda.set_rng_state(state)

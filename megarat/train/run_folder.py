@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,7 @@ import megarat
 from megarat import config as configuration
 from megarat.checkpoint.load import CHECKPOINTS, find_latest, load_state
 from megarat.checkpoint.manifest import CheckpointState, replace_synced
+from megarat.checkpoint.save import remove_leftovers
 from megarat.config import Config
 from megarat.errors import UserError
 from megarat.log import METRICS, last_recorded_pair
@@ -39,21 +40,29 @@ _FREE_SECTIONS = ("checkpoint.", "log.", "parallel.")
 _PACKAGES = ("torch", "deepspeed", "triton", "numpy", "webdataset", "tensorboard")
 
 
-def open_run(config: Config, kind: str) -> tuple[Path | None, CheckpointState | None]:
-    """Create or enter the run folder; returns the checkpoint to resume from and its state, or (None, None) for a new run.
+class Resume(NamedTuple):
+    """The checkpoint a run goes on from."""
+
+    folder: Path
+    state: CheckpointState
+
+
+def open_run(config: Config, kind: str) -> Resume | None:
+    """Enter the run folder and clear what an interrupted save left there; returns what to resume from, None for a new run.
 
     Raises ``UserError`` when the folder belongs to another run or has lost its checkpoint. The caller holds the run's lock.
     """
     run_dir = Path(config.run.dir)
+    remove_leftovers(run_dir / CHECKPOINTS)
     checkpoint = find_latest(run_dir)
     if checkpoint is None:
         _check_nothing_lost(run_dir)
-        return None, None
+        return None
     state = load_state(checkpoint)
     if state.kind != kind:
         raise UserError(f"run.dir {run_dir} holds a run of megarat {state.kind}, not {kind}; give this run another folder")
     _check_same_run(run_dir, state.config, config)
-    return checkpoint, state
+    return Resume(checkpoint, state)
 
 
 def changed_keys(before: Config, now: Config) -> list[str]:

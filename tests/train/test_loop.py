@@ -18,7 +18,7 @@ import yaml
 from megarat.checkpoint import load as checkpoints
 from megarat.config import Config
 from megarat.errors import EXIT_STOPPED, StoppedEarly, UserError
-from megarat.train import loop
+from megarat.train import loop, run
 from megarat.train.loop import pretrain
 
 TIMINGS = ("tokens_per_s", "memory_gb", "data_wait_s", "seconds")
@@ -239,7 +239,7 @@ def test_another_precision_is_refused(begun, shards, monkeypatch):
     with pytest.raises(UserError, match=r"train.precision: 'fp32' -> 'bf16'"):
         pretrain(config(begun, shards, train={"precision": "bf16"}))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "resolve_precision", lambda precision, device: "bf16")
+        patch.setattr(run, "resolve_precision", lambda precision, device: "bf16")
         with pytest.raises(UserError, match=r"trained in fp32, but this machine would go on in bf16; set train.precision=fp32"):
             pretrain(config(begun, shards, train={"pairs": 2}))
 

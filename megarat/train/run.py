@@ -1,0 +1,141 @@
+"""What the training loop works on: mesh, data, model under its engine, and where the run stands; built new or from a checkpoint."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megarat.checkpoint import load as checkpoints
+from megarat.checkpoint.manifest import CheckpointState
+from megarat.checkpoint.save import Snapshot, prune, save
+from megarat.config import Config
+from megarat.data.format import INDEX_NAME, file_sha256
+from megarat.data.loader import Loader
+from megarat.data.plan import Plan, RandomOffsetPlan, ShuffledPlan
+from megarat.data.reader import TokenReader, check_vocabulary
+from megarat.engine import MASTER, Engine, resolve_precision
+from megarat.errors import UserError
+from megarat.mesh import Mesh, start
+from megarat.model.lm import RATPlusLM
+from megarat.model.pattern import describe
+from megarat.train.run_folder import Resume
+
+
+class Parent(NamedTuple):
+    """The checkpoint whose weights a run starts from."""
+
+    folder: Path
+    provenance: dict[str, Any]  # recorded in every checkpoint of the run; "content" is the hash that names the parent
+
+
+@dataclass
+class Run:
+    """Everything the loop works on. ``state`` says where it stands."""
+
+    config: Config
+    mesh: Mesh
+    engine: Engine
+    loader: Loader
+    state: CheckpointState
+    resumed_from: Path | None
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment and remove those the config no longer keeps."""
+        folder = Path(self.config.run.dir) / checkpoints.CHECKPOINTS
+        named, self.state.optimizer_steps = self.engine.named_state()
+        masters = named.pop(MASTER)
+        in_fp32 = self.engine.precision == "fp32"
+        tokenizer = Path(self.config.data.shards) / "tokenizer"
+        self.state.random_state = _random_state()
+        snapshot = Snapshot(
+            state=self.state,
+            weights=masters if in_fp32 else {name: master.to(self.engine.dtype) for name, master in masters.items()},
+            masters={} if in_fp32 else masters,
+            moments=named,
+            tokenizer=tokenizer if tokenizer.is_dir() else None,
+        )
+        saved = save(folder, snapshot)
+        prune(folder, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+        return saved
+
+
+def build(config: Config, kind: str, resume: Resume | None, parent: Parent | None) -> Run:
+    """Data, model and engine: in the state of a checkpoint, or new with the weights of ``parent``, or new with random ones."""
+    mesh = start(config.run.device)
+    precision = resolve_precision(config.train.precision, mesh.device)
+    reader = TokenReader(Path(config.data.shards) / "train")
+    check_vocabulary(reader.index, config.model.vocab)
+    loader = Loader(
+        reader,
+        _plan(config, reader),
+        sequence_length=config.data.sequence_length,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        data_rank=mesh.rank,
+        data_size=mesh.world_size,
+    )
+    data_identity = file_sha256(reader.index.folder / INDEX_NAME)
+    if resume is not None:
+        _check_resumable(resume.state, precision, data_identity, reader, parent)
+    model = RATPlusLM(config.model)
+    if resume is None and parent is None:
+        model.initialise(config.train.seed)
+    engine = Engine(model, config, mesh)
+    if resume is not None:
+        state = resume.state
+        engine.load_named_state(checkpoints.load_optimizer(resume.folder), state.optimizer_steps)
+        _restore_random_state(state.random_state)
+        state.config = config
+    else:
+        state = CheckpointState(kind, 0, 0, config, describe(config.patterns), precision, data_identity=data_identity)
+        if parent is not None:
+            engine.load_weights(checkpoints.load_weights(parent.folder))
+            state.parent = parent.provenance
+    state.mesh = mesh.describe() | {"zero": config.parallel.zero}
+    return Run(config, mesh, engine, loader, state, resume.folder if resume else None)
+
+
+def _plan(config: Config, reader: TokenReader) -> Plan:
+    kind = RandomOffsetPlan if config.data.order == "random_offsets" else ShuffledPlan
+    return kind(reader.num_tokens, config.data.sequence_length, config.train.seed)
+
+
+def _check_resumable(
+    state: CheckpointState, precision: str, data_identity: str, reader: TokenReader, parent: Parent | None
+) -> None:
+    if state.precision != precision:
+        raise UserError(
+            f"train.precision: the run was trained in {state.precision}, but this machine would go on in {precision}; "
+            f"set train.precision={state.precision}"
+        )
+    if state.data_identity != data_identity:
+        raise UserError(
+            f"data.shards: {reader.index.folder / INDEX_NAME} is not the data this run was trained on (its hash is "
+            f"{data_identity[:16]}…, the checkpoint's {state.data_identity[:16]}…); name the shards the run began with"
+        )
+    if parent is not None and state.parent is not None and state.parent["content"] != parent.provenance["content"]:
+        raise UserError(
+            f"run.dir {state.config.run.dir} was started from {state.parent['path']}, not from {parent.folder}; name that checkpoint to go "
+            "on, or give this run another run.dir"
+        )
+
+
+def _random_state() -> dict[str, str]:
+    """Generators' states. Training draws nothing from them after the weights are made; they are kept so that this may change."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
+
+
+def _restore_random_state(states: dict[str, str]) -> None:
+    for device, text in states.items():
+        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(state)
