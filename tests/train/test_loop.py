@@ -197,6 +197,19 @@ def begun(mesh, shards, tmp_path) -> Path:
     return tmp_path / "run"
 
 
+def test_a_second_run_on_the_same_folder_is_refused(begun, shards):
+    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    first = subprocess.Popen([sys.executable, "-c", hold, str(begun / "lock")], stdout=subprocess.PIPE)
+    try:
+        assert first.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="is in use by process"):
+            pretrain(config(begun, shards, train={"pairs": 2}))
+    finally:
+        first.kill()
+        first.wait()
+    assert pretrain(config(begun, shards, train={"pairs": 2})).name == "pair_00000002"
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
