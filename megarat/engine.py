@@ -31,12 +31,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megarat.checkpoint import names
 from megarat.config import Config, OptimConfig
 from megarat.mesh import Mesh
+from megarat.model import names
 from megarat.model.pattern import Patterns
 
-MicroBatch = tuple[Tensor, Tensor]  # inputs and labels, (b, T) int64; label -100 is ignored
+# Inputs and labels, and the document of each token where documents are kept apart; (b, T) int64 each; label -100 is ignored.
+MicroBatch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 NamedState = dict[str, dict[str, Tensor]]  # kind -> logical name -> fp32 tensor
 
 MASTER, FIRST_MOMENT, SECOND_MOMENT = STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -108,9 +109,12 @@ class Engine:
 
     def _accumulate(self, micro_batches: Sequence[MicroBatch], patterns: Patterns) -> Tensor:
         total = torch.zeros((), device=self.mesh.device)
-        for index, (ids_BT, labels_BT) in enumerate(micro_batches):
+        for index, micro_batch in enumerate(micro_batches):
+            ids_BT, labels_BT, *documents = (tensor.to(self.mesh.device) for tensor in micro_batch)
             self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            loss = self._engine(ids_BT.to(self.mesh.device), patterns=patterns, labels_BT=labels_BT.to(self.mesh.device))
+            loss = self._engine(
+                ids_BT, patterns=patterns, labels_BT=labels_BT, document_ids_BT=documents[0] if documents else None
+            )
             self._engine.backward(loss)  # divides by the number of micro-batches
             total += loss.detach().float()
         torch.distributed.all_reduce(total)

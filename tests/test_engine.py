@@ -8,9 +8,9 @@ import pytest
 import tiny_run
 import torch
 
-from megarat.checkpoint import names
 from megarat.config import Config
 from megarat.engine import Engine, Update, resolve_precision
+from megarat.model import names
 
 ZERO_STAGES = (1, 2, 3)
 LR = 1e-2

@@ -18,7 +18,6 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from megarat.checkpoint import names
 from megarat.checkpoint.manifest import (
     LATEST,
     MANIFEST,
@@ -36,6 +35,7 @@ from megarat.checkpoint.manifest import (
 )
 from megarat.config import ModelConfig
 from megarat.errors import UserError
+from megarat.model import names
 
 CHECKPOINTS = "checkpoints"
 

@@ -18,9 +18,9 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megarat.checkpoint import names
 from megarat.config import ModelConfig
 from megarat.errors import UserError
+from megarat.model import names
 from megarat.model.pattern import Pattern
 
 _STORAGE_DTYPES = {

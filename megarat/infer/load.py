@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import megarat.checkpoint.load as checkpoints
-from megarat.checkpoint import names
 from megarat.config import ModelConfig
 from megarat.errors import UserError
 from megarat.infer.cache import cache_bytes
 from megarat.infer.generate import GREEDY, Sampling, generate
+from megarat.model import names
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import Patterns, PatternSpec, describe, resolve
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megarat.config import ModelConfig
+from megarat.model import names
 from megarat.model.layers import FeedForward, RMSNorm
 from megarat.model.mixer import RATPlusMixer
 from megarat.model.pattern import LayerPattern, Patterns, resolve
@@ -29,9 +30,15 @@ class Block(nn.Module):
         self.mixer = RATPlusMixer(config.hidden, config.heads, config.norm_eps, config.recurrence)
         self.ffn = FeedForward(config.hidden, config.ffn_multiple, config.norm_eps)
 
-    def forward(self, x_BTC: Tensor, rotary: tuple[Tensor, Tensor], pattern: LayerPattern) -> Tensor:
+    def forward(
+        self,
+        x_BTC: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        pattern: LayerPattern,
+        document_ids_BT: Tensor | None = None,
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C) in the dtype of the residual stream."""
-        x_BTC = x_BTC + self.mixer(x_BTC, rotary, pattern)
+        x_BTC = x_BTC + self.mixer(x_BTC, rotary, pattern, document_ids_BT)
         return x_BTC + self.ffn(x_BTC)
 
 
@@ -51,24 +58,32 @@ class RATPlusLM(nn.Module):
         """The layers, in order."""
         return cast("list[Block]", list(self.layers))
 
-    def forward(self, ids_BT: Tensor, patterns: Patterns | None = None, labels_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids_BT: Tensor,
+        patterns: Patterns | None = None,
+        labels_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, T, V) in fp32 or wider; or, with labels, the mean cross entropy as a scalar.
 
         ``ids_BT`` and ``labels_BT`` are int64; labels of -100 are ignored (the input token ends a document). ``patterns`` is one
-        ``LayerPattern`` a layer (``megarat.model.pattern.resolve``); None is dense.
+        ``LayerPattern`` a layer (``megarat.model.pattern.resolve``); None is dense. Where ``document_ids_BT`` (integers, equal within
+        a document) is given, attention and recurrence stay inside each document; positions, and with them which keys a pattern
+        keeps, still count from the start of the sequence.
         """
-        hidden_BTC = self.hidden(ids_BT, patterns)
+        hidden_BTC = self.hidden(ids_BT, patterns, document_ids_BT)
         if labels_BT is None:
             return self.logits(hidden_BTC)
         loss, _ = linear_cross_entropy(hidden_BTC.flatten(0, 1), self.embedding.weight, labels_BT.flatten())
         return loss
 
-    def hidden(self, ids_BT: Tensor, patterns: Patterns | None = None) -> Tensor:
+    def hidden(self, ids_BT: Tensor, patterns: Patterns | None = None, document_ids_BT: Tensor | None = None) -> Tensor:
         """Final normed hidden states (B, T, C) in the dtype of the matrices."""
         x_BTC = self.embed(ids_BT)
         rotary = self.rotary(torch.arange(ids_BT.shape[1], device=ids_BT.device))
         for block, pattern in zip(self.blocks, patterns or self.dense, strict=True):
-            x_BTC = block(x_BTC, rotary, pattern)
+            x_BTC = block(x_BTC, rotary, pattern, document_ids_BT)
         return self.norm(x_BTC)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
@@ -98,19 +113,10 @@ class RATPlusLM(nn.Module):
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
                 continue
-            for piece, view in logical_pieces(name, parameter):
+            for piece, view in names.split(name, parameter).items():
                 generator = torch.Generator().manual_seed(_name_seed(seed, piece))
                 view.copy_(torch.randn(view.shape, generator=generator) * self.config.init_std)
         return self
-
-
-def logical_pieces(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """The logical tensors of a run-time parameter, as views: the fused ``in_proj`` is o, q, k, v (and g); all else is itself."""
-    if not name.endswith("mixer.in_proj.weight"):
-        return [(name.replace("out_proj", "out"), tensor)]
-    width = tensor.shape[1]
-    stem = name.removesuffix("in_proj.weight")
-    return [(f"{stem}{letter}.weight", rows) for letter, rows in zip("oqkvg", tensor.split(width, dim=0), strict=False)]
 
 
 def _name_seed(seed: int, name: str) -> int:

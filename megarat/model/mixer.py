@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from megarat.model.layers import Linear, RMSNorm
 from megarat.model.pattern import LayerPattern
@@ -44,11 +45,20 @@ class RATPlusMixer(nn.Module):
         self.in_proj = Linear(width, (5 if recurrence else 4) * width)
         self.out_proj = Linear(width, width)
 
-    def forward(self, x_BTC: Tensor, rotary: tuple[Tensor, Tensor], pattern: LayerPattern) -> Tensor:
-        """Mix a whole sequence from its start; ``rotary`` holds cos and sin of positions 0..T-1, each (T, R)."""
+    def forward(
+        self,
+        x_BTC: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        pattern: LayerPattern,
+        document_ids_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Mix a whole sequence from its start; ``rotary`` holds cos and sin of positions 0..T-1, each (T, R).
+
+        Nothing crosses from one document into another where ``document_ids_BT`` (integers) differ.
+        """
         projections = self.project(x_BTC)
-        q, k, v, _ = self.recur(projections, rotary)
-        return self.attend(projections.o, q, k, v, pattern)
+        q, k, v, _ = self.recur(projections, rotary, document_ids_BT=document_ids_BT)
+        return self.attend(projections.o, q, k, v, pattern, document_ids_BT)
 
     def project(self, x_BTC: Tensor) -> Projections:
         """Norm and the fused input projection, split into strided views of (B, T, H, K)."""
@@ -62,6 +72,7 @@ class RATPlusMixer(nn.Module):
         rotary: tuple[Tensor, Tensor],
         state: ScanState | None = None,
         padding_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, ScanState | None]:
         """Rotated queries, recurred and rotated keys, recurred values, and the state after the last token (None without recurrence).
 
@@ -73,11 +84,28 @@ class RATPlusMixer(nn.Module):
             return q, apply_rotary(k, *rotary), v, None
         if padding_BT is not None:
             g = g.masked_fill(padding_BT[:, :, None, None], float("inf"))
-        k, v, state = gated_scan(k, v, g, *rotary, initial_state=state)
+        starts_BT = None if document_ids_BT is None else document_starts(document_ids_BT)
+        k, v, state = gated_scan(k, v, g, *rotary, initial_state=state, document_starts_BT=starts_BT)
         return q, k, v, state
 
-    def attend(self, o_BTHK: Tensor, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, pattern: LayerPattern) -> Tensor:
+    def attend(
+        self,
+        o_BTHK: Tensor,
+        q_BTHK: Tensor,
+        k_BTHK: Tensor,
+        v_BTHK: Tensor,
+        pattern: LayerPattern,
+        document_ids_BT: Tensor | None = None,
+    ) -> Tensor:
         """Attention over the visible keys, output gate and output projection: (B, T, C)."""
         patterns = pattern[0].pattern if len(pattern) == 1 else pattern.per_head
-        mixed = cast(Tensor, dilated_attention(q_BTHK, k_BTHK, v_BTHK, patterns, output_gate_BTHK=o_BTHK))
+        mixed = cast(
+            Tensor, dilated_attention(q_BTHK, k_BTHK, v_BTHK, patterns, output_gate_BTHK=o_BTHK, document_ids_BT=document_ids_BT)
+        )
         return self.out_proj(mixed.flatten(-2))
+
+
+def document_starts(document_ids_BT: Tensor) -> Tensor:
+    """True at each token whose document is not that of the token before it; bool (B, T), False at the first."""
+    changes_BT = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    return functional.pad(changes_BT, (1, 0))

@@ -12,11 +12,12 @@ import pytest
 import tiny_run
 import torch
 
-from megarat.checkpoint import load, names
+from megarat.checkpoint import load
 from megarat.checkpoint.manifest import MANIFEST, CheckpointState, read_manifest
 from megarat.checkpoint.save import Snapshot, prune, save, save_imported
 from megarat.config import ModelConfig
 from megarat.errors import UserError
+from megarat.model import names
 
 CONFIG = tiny_run.config()
 

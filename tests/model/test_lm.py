@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megarat.config import ModelConfig
-from megarat.model.lm import RATPlusLM, logical_pieces
+from megarat.model import names
+from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import Pattern, resolve
 from megarat.ops.dilated_attention import visible
 
@@ -221,7 +222,7 @@ def test_the_residual_stream_stays_fp32_unless_asked_otherwise():
 
 
 def pieces_of(model: RATPlusLM) -> dict[str, torch.Tensor]:
-    return {piece: view for name, tensor in model.state_dict().items() for piece, view in logical_pieces(name, tensor)}
+    return {piece: view for name, tensor in model.state_dict().items() for piece, view in names.split(name, tensor).items()}
 
 
 def test_initial_matrices_have_std_002_and_norms_are_one():

@@ -69,7 +69,7 @@ def test_training_starts_from_the_parents_masters_under_the_new_pattern(parents,
 
 
 def join(name, shape, tensors):
-    from megarat.checkpoint import names
+    from megarat.model import names
 
     return names.join(name, shape, tensors)
 

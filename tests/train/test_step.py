@@ -8,8 +8,8 @@ import pytest
 import tiny_run
 import torch
 
-from megarat.checkpoint import names
 from megarat.engine import Engine
+from megarat.model import names
 from megarat.train.step import train_pair
 
 LR = 1e-2

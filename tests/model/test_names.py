@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megarat.checkpoint import names
 from megarat.config import ModelConfig
+from megarat.model import names
 from megarat.model.lm import RATPlusLM
 
 MODEL = ModelConfig(layers=2, hidden=12, heads=2, vocab=20, ffn_multiple=3)
