@@ -83,7 +83,7 @@ GPU_SCALE = Scale(
     micro_batch=32,
     lr=1.5e-3,
     text_mb=60,
-    pretrain_seconds=150,
+    pretrain_seconds=100,
     most_pairs=1200,
     eval_tokens=262144,
 )
