@@ -21,23 +21,23 @@ from megarat.ops.kernels import gated_scan as scan
 
 Variant = tuple[str, Callable[[], object]]
 
-# (segments, steps, warps, load stages, registers); one stage is the chain of programs, more are the walk of one program per column block
+# (pairs, segments, steps, warps, load stages, registers); one stage is the chain of programs, more the walk of one program per column block
 SCAN_FORWARD = [
-    (16, 4, 4, 2, 255), (16, 4, 4, 3, 255), (16, 8, 4, 2, 255), (16, 4, 8, 2, 255), (16, 8, 8, 2, 255), (8, 8, 4, 2, 255),
-    (8, 8, 4, 3, 255), (8, 4, 4, 3, 255), (32, 4, 8, 2, 255), (16, 4, 4, 1, 168), (16, 4, 4, 1, 128), (16, 8, 4, 1, 255),
-    (8, 8, 4, 1, 128), (16, 8, 8, 1, 128), (32, 4, 8, 1, 128), (32, 8, 8, 1, 255), (16, 4, 8, 1, 128),
+    (32, 16, 4, 4, 1, 168), (32, 16, 4, 8, 1, 128), (32, 16, 4, 4, 2, 255), (64, 8, 4, 4, 1, 168), (64, 8, 4, 4, 1, 128),
+    (64, 8, 8, 4, 1, 255), (64, 4, 8, 4, 1, 128), (64, 4, 8, 2, 1, 255), (64, 16, 4, 8, 1, 128), (64, 8, 4, 8, 1, 80), (64, 8, 4, 8, 1, 64),
+    (64, 16, 4, 8, 2, 255), (64, 8, 8, 8, 1, 128), (64, 16, 8, 8, 1, 255), (64, 32, 4, 16, 1, 128), (64, 16, 8, 16, 1, 128),
+    (32, 16, 8, 8, 1, 128), (64, 4, 4, 4, 1, 96),
 ]  # fmt: skip
 SCAN_BACKWARD = [
-    (16, 4, 4, 2, 255), (8, 4, 4, 2, 255), (8, 4, 4, 3, 255), (16, 4, 8, 2, 255), (16, 2, 8, 2, 255), (8, 8, 4, 2, 255),
-    (8, 2, 4, 3, 255), (8, 8, 8, 2, 255), (8, 4, 4, 1, 168), (8, 4, 4, 1, 128), (8, 8, 4, 1, 255), (8, 8, 4, 1, 168), (16, 4, 4, 1, 255),
-    (16, 8, 8, 1, 255), (16, 4, 8, 1, 128), (8, 8, 8, 1, 128),
+    (32, 8, 8, 4, 1, 255), (64, 8, 4, 4, 1, 255), (64, 8, 4, 8, 1, 128), (64, 4, 4, 4, 1, 168), (64, 4, 8, 4, 1, 255), (64, 8, 2, 4, 1, 168),
+    (64, 4, 4, 4, 1, 128), (64, 8, 8, 8, 1, 255), (64, 4, 4, 2, 1, 255), (64, 16, 8, 16, 1, 128), (64, 16, 4, 8, 1, 255), (64, 16, 4, 16, 1, 128),
+    (32, 16, 8, 8, 1, 255),
 ]  # fmt: skip
 ATTENTION_FORWARD = [
-    (128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (64, 16, 4, 2), (32, 32, 4, 2), (32, 32, 2, 2), (128, 32, 4, 2),
-    (128, 128, 8, 3), (32, 64, 4, 2),
+    (128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (64, 16, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3), (128, 128, 8, 2),
 ]  # fmt: skip
-QUERIES = [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 8, 2), (32, 32, 4, 2), (64, 16, 4, 2), (128, 32, 8, 2)]
-KEYS = [(64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 3), (64, 32, 4, 2), (32, 32, 4, 3)]
+QUERIES = [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (64, 16, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2)]
+KEYS = [(64, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 3), (64, 64, 4, 3)]
 
 
 def projections(count: int, batch: int, length: int) -> tuple[torch.Tensor, ...]:
@@ -69,24 +69,26 @@ def scan_variants(batch: int, length: int) -> Iterator[Variant]:
     for tile in SCAN_FORWARD:
         yield (
             f"scan forward {batch}x{length} {tile}",
-            with_table(scan, "_regime", lambda k, tile=tile: ((tile, tile), batch * 32), forward),
+            with_table(scan, "_tiles", lambda k, tile=tile: (tile, tile), forward),
         )
     for tile in SCAN_BACKWARD:
-        regime = lambda k, tile=tile: ((tile, tile), batch * 32)  # noqa: E731
-        chained = (*tile[:3], 1, 255)
-        states = with_table(scan, "_regime", lambda k, tile=chained: ((tile, tile), batch * 32), forward)()[2]
+        regime = lambda k, tile=tile: (tile, tile)  # noqa: E731
+        chained = (*tile[:4], 1, 255)
+        states = with_table(scan, "_tiles", lambda k, tile=chained: (tile, tile), forward)()[2]
 
         def backward(states: torch.Tensor = states) -> object:
             return scan.scan_backward(k, v, g, cos, sin, None, states, dk, dv, last)
 
-        yield f"scan backward {batch}x{length} {tile}", with_table(scan, "_regime", regime, backward)
+        yield f"scan backward {batch}x{length} {tile}", with_table(scan, "_tiles", regime, backward)
 
 
 def attention_variants(batch: int, length: int, pattern: tuple[int, int, int], backward: bool) -> Iterator[Variant]:
     q, k, v, dout = (x.contiguous() for x in projections(4, batch, length))
     label = f"{batch}x{length} {pattern}"
     for tile in ATTENTION_FORWARD:
-        run = with_table(attention, "FORWARD_TILE", tile, lambda: attention.attention_forward(q, k, v, None, pattern, 0.088))
+        run = with_table(
+            attention, "FORWARD_TILES", ((1 << 30, tile),), lambda: attention.attention_forward(q, k, v, None, pattern, 0.088)
+        )
         yield f"attention forward {label} {tile}", run
     if not backward:
         return

@@ -1,9 +1,10 @@
 """Triton kernels of dilated attention: one online softmax over self, far keys and window; a backward without atomics.
 
 Every kernel works on the range algebra of `megarat.ops.dilated_attention`: the far keys of a sequence (initial and dilated tokens)
-are one list sorted by position, of which query i sees the first `far_count(i - W)`; so far tiles need a mask only at their end. The
-softmax starts from the query's own key, computed row by row: it is always visible, hence no row is ever empty, and with W = 0 the
-128-wide diagonal tile of a causal kernel disappears altogether.
+are one list sorted by position, of which query i sees those in front of lo = max(0, i - W), and its window is [lo, i). A program walks
+the far tiles and then the window tiles in one loop, reading whole rows of K at their positions, and masks only at the ends of the two
+ranges. The softmax starts from the query's own key, computed row by row: it is always visible, hence no row is ever empty, and with
+W = 0 the wide diagonal tile of a causal kernel disappears altogether.
 
 Backward, three launches, each writing what it alone owns:
   queries  dq, the gate's gradient, delta = rowsum(dout * out), and for W = 0 the own key's part of dk and dv
@@ -25,16 +26,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarat.ops.dilated_attention import far_positions
-
 LOG2E = 1.4426950408889634
-NO_DILATION = 1 << 30  # stands for D = -1: no position of a real sequence is a multiple of it
+NO_DILATION = 1 << 23  # stands for D = -1: longer than any sequence, and a tile of its multiples still fits 32 bits
 FAR_PROGRAMS = 512  # the far gradient splits its queries until about so many programs exist
 
-# (M, N, warps, stages); chosen by timing on an H200
-FORWARD_TILE = (128, 64, 8, 3)
-QUERY_TILE = (64, 64, 4, 2)
-KEY_TILE = (64, 64, 4, 2)
+# (M, N, warps, stages); chosen by timing on an H200. A forward with few keys a query is bound by memory and wants small tiles, one
+# with many by the matrix units. fp32 tiles need twice the shared memory and serve no training.
+FORWARD_TILES = (
+    (64, (64, 16, 4, 2)),
+    (768, (64, 32, 4, 2)),
+    (NO_DILATION, (128, 64, 8, 3)),
+)  # (up to so many keys a query, tile)
+QUERY_TILE = (64, 32, 4, 3)
+KEY_TILE = (32, 64, 4, 3)
+FP32_TILE = (32, 32, 4, 1)
 
 
 @triton.jit
@@ -56,31 +61,42 @@ def _rows(ptr, rows, stride, K: tl.constexpr):
 
 
 @triton.jit
-def _attend(
-    acc_MK, top_M, sum_M, q_MK, k_ptr, v_ptr, k_t, v_t, begin, end, rows, from_M, below_M, all_from, all_below, scale,
-    K: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over keys [begin, end) of `rows`, of which row m sees [from_M, below_M), and every row [all_from, all_below)."""
-    for n0 in tl.range(begin, end, N):
-        n_N = n0 + tl.arange(0, N)
-        in_N1 = (n_N < rows)[:, None]
-        k_NK = tl.load(_rows(k_ptr, n_N.to(tl.int64), k_t, K), mask=in_N1, other=0.0)
-        v_NK = tl.load(_rows(v_ptr, n_N.to(tl.int64), v_t, K), mask=in_N1, other=0.0)
-        s_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision="ieee") * scale
-        if (n0 < all_from) | (n0 + N > all_below):
-            s_MN = tl.where((n_N[None, :] >= from_M[:, None]) & (n_N[None, :] < below_M[:, None]), s_MN, float("-inf"))
-        new_top_M = tl.maximum(top_M, tl.max(s_MN, axis=1))
-        p_MN = tl.exp2(s_MN - new_top_M[:, None])
-        shrink_M = tl.exp2(top_M - new_top_M)
-        acc_MK = tl.dot(p_MN.to(v_NK.dtype), v_NK, acc_MK * shrink_M[:, None], input_precision="ieee")
-        top_M, sum_M = new_top_M, sum_M * shrink_M + tl.sum(p_MN, axis=1)
-    return acc_MK, top_M, sum_M
+def _key_tile(tile, far_tiles, first, window, dilation, initial, M: tl.constexpr, N: tl.constexpr, WINDOWED: tl.constexpr):
+    """Tile number `tile` of the keys that queries [first, first + M) see: positions (N,), whether it is a far tile, and whether some
+    query does not see all of it."""
+    is_far = tile < far_tiles
+    j_N = _far_position(tile * N + tl.arange(0, N), dilation, initial)
+    partial = _far_position(tile * N + N - 1, dilation, initial) >= first - window
+    if WINDOWED:
+        n0 = tl.maximum(first - window, 0) + (tile - far_tiles) * N
+        j_N = tl.where(is_far, j_N, n0 + tl.arange(0, N))
+        partial = (is_far & partial) | ((tile >= far_tiles) & ((n0 < first + M - 1 - window) | (n0 + N > first)))
+    return j_N, is_far, partial
+
+
+@triton.jit
+def _seen(j_N, is_far, i_M, window, WINDOWED: tl.constexpr):
+    """(M, N): far keys lie in front of the window, the others inside of it."""
+    in_front_MN = j_N[None, :] < tl.maximum(i_M - window, 0)[:, None]
+    if WINDOWED:
+        return tl.where(is_far, in_front_MN, (in_front_MN == 0) & (j_N[None, :] < i_M[:, None]))
+    return in_front_MN
+
+
+@triton.jit
+def _tile_counts(first, T, window, dilation, initial, M: tl.constexpr, N: tl.constexpr, WINDOWED: tl.constexpr):
+    """How many far tiles queries [first, first + M) walk, and how many tiles in all."""
+    last = tl.minimum(first + M, T) - 1
+    far_tiles = tl.cdiv(_far_count(tl.maximum(last - window, 0), dilation, initial), N)
+    if WINDOWED:
+        return far_tiles, far_tiles + tl.cdiv(last + 1 - tl.maximum(first - window, 0), N)
+    return far_tiles, far_tiles
 
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, k_far_ptr, v_far_ptr, gate_ptr, out_ptr, lse_ptr, T, H, F, dilation, window, initial, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, kf_b, kf_t, kf_h, vf_b, vf_t, vf_h, gate_b, gate_t, gate_h,
+    q_ptr, k_ptr, v_ptr, gate_ptr, out_ptr, lse_ptr, T, H, dilation, window, initial, scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, gate_b, gate_t, gate_h,
     K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOWED: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # the longest rows of work start first
@@ -97,18 +113,19 @@ def _forward_kernel(
     sum_M = tl.full([M], 1.0, tl.float32)
     acc_MK = own_v_MK.to(tl.float32)
 
-    far_M = _far_count(tl.maximum(i_M - window, 0), dilation, initial)
-    far_all = _far_count(tl.maximum(first - window, 0), dilation, initial)
-    far_any = tl.minimum(_far_count(tl.maximum(first + M - 1 - window, 0), dilation, initial), F)
-    acc_MK, top_M, sum_M = _attend(
-        acc_MK, top_M, sum_M, q_MK, k_far_ptr + b * kf_b + h * kf_h, v_far_ptr + b * vf_b + h * vf_h, kf_t, vf_t,
-        0, far_any, F, far_M * 0, far_M, 0, far_all, scale, K, N,
-    )  # fmt: skip
-    if WINDOWED:
-        acc_MK, top_M, sum_M = _attend(
-            acc_MK, top_M, sum_M, q_MK, k_ptr, v_ptr, k_t, v_t, tl.maximum(first - window, 0), tl.minimum(first + M, T), T,
-            i_M - window, i_M, first + M - 1 - window, first, scale, K, N,
-        )  # fmt: skip
+    far_tiles, tiles = _tile_counts(first, T, window, dilation, initial, M, N, WINDOWED)
+    for tile in tl.range(0, tiles):
+        j_N, is_far, partial = _key_tile(tile, far_tiles, first, window, dilation, initial, M, N, WINDOWED)
+        k_NK = tl.load(_rows(k_ptr, j_N.to(tl.int64), k_t, K), mask=(j_N < T)[:, None], other=0.0)
+        v_NK = tl.load(_rows(v_ptr, j_N.to(tl.int64), v_t, K), mask=(j_N < T)[:, None], other=0.0)
+        s_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision="tf32x3") * scale
+        if partial:
+            s_MN = tl.where(_seen(j_N, is_far, i_M, window, WINDOWED), s_MN, float("-inf"))
+        new_top_M = tl.maximum(top_M, tl.max(s_MN, axis=1))
+        p_MN = tl.exp2(s_MN - new_top_M[:, None])
+        shrink_M = tl.exp2(top_M - new_top_M)
+        acc_MK = tl.dot(p_MN.to(v_NK.dtype), v_NK, acc_MK * shrink_M[:, None], input_precision="tf32x3")
+        top_M, sum_M = new_top_M, sum_M * shrink_M + tl.sum(p_MN, axis=1)
 
     out_MK = acc_MK / sum_M[:, None]
     if GATED:
@@ -120,29 +137,10 @@ def _forward_kernel(
 
 
 @triton.jit
-def _query_gradient(
-    dq_MK, q_MK, dout_MK, lse_M, delta_M, k_ptr, v_ptr, k_t, v_t, begin, end, rows, from_M, below_M, all_from, all_below, scale,
-    K: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Adds keys [begin, end) to dq, in units of 1 / score scale; the ranges are those of `_attend`."""
-    for n0 in tl.range(begin, end, N):
-        n_N = n0 + tl.arange(0, N)
-        in_N1 = (n_N < rows)[:, None]
-        k_NK = tl.load(_rows(k_ptr, n_N.to(tl.int64), k_t, K), mask=in_N1, other=0.0)
-        v_NK = tl.load(_rows(v_ptr, n_N.to(tl.int64), v_t, K), mask=in_N1, other=0.0)
-        p_MN = tl.exp2(tl.dot(q_MK, tl.trans(k_NK), input_precision="ieee") * scale - lse_M[:, None])
-        if (n0 < all_from) | (n0 + N > all_below):
-            p_MN = tl.where((n_N[None, :] >= from_M[:, None]) & (n_N[None, :] < below_M[:, None]), p_MN, 0.0)
-        ds_MN = p_MN * (tl.dot(dout_MK, tl.trans(v_NK), input_precision="ieee") - delta_M[:, None])
-        dq_MK = tl.dot(ds_MN.to(k_NK.dtype), k_NK, dq_MK, input_precision="ieee")
-    return dq_MK
-
-
-@triton.jit
 def _queries_kernel(
-    q_ptr, k_ptr, v_ptr, k_far_ptr, v_far_ptr, gate_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dgate_ptr, open_dout_ptr, delta_ptr, T, H, F, dilation, window, initial, scale, plain_scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, kf_b, kf_t, kf_h, vf_b, vf_t, vf_h, gate_b, gate_t, gate_h,
+    q_ptr, k_ptr, v_ptr, gate_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dgate_ptr, open_dout_ptr, delta_ptr, T, H, dilation, window, initial, scale, plain_scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, gate_b, gate_t, gate_h,
     dout_b, dout_t, dout_h,
     K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOWED: tl.constexpr, GATED: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
@@ -183,18 +181,16 @@ def _queries_kernel(
         tl.store(_rows(dv_ptr + row_0, local_M, H * K, K), dv_MK.to(dv_ptr.dtype.element_ty), mask=in_M1)
     dq_MK = own_k_MK * own_ds_M[:, None]
 
-    far_M = _far_count(tl.maximum(i_M - window, 0), dilation, initial)
-    far_all = _far_count(tl.maximum(first - window, 0), dilation, initial)
-    far_any = tl.minimum(_far_count(tl.maximum(first + M - 1 - window, 0), dilation, initial), F)
-    dq_MK = _query_gradient(
-        dq_MK, q_MK, dout_MK, lse_M, delta_M, k_far_ptr + b * kf_b + h * kf_h, v_far_ptr + b * vf_b + h * vf_h, kf_t, vf_t,
-        0, far_any, F, far_M * 0, far_M, 0, far_all, scale, K, N,
-    )  # fmt: skip
-    if WINDOWED:
-        dq_MK = _query_gradient(
-            dq_MK, q_MK, dout_MK, lse_M, delta_M, k_ptr, v_ptr, k_t, v_t, tl.maximum(first - window, 0), tl.minimum(first + M, T), T,
-            i_M - window, i_M, first + M - 1 - window, first, scale, K, N,
-        )  # fmt: skip
+    far_tiles, tiles = _tile_counts(first, T, window, dilation, initial, M, N, WINDOWED)
+    for tile in tl.range(0, tiles):
+        j_N, is_far, partial = _key_tile(tile, far_tiles, first, window, dilation, initial, M, N, WINDOWED)
+        k_NK = tl.load(_rows(k_ptr, j_N.to(tl.int64), k_t, K), mask=(j_N < T)[:, None], other=0.0)
+        v_NK = tl.load(_rows(v_ptr, j_N.to(tl.int64), v_t, K), mask=(j_N < T)[:, None], other=0.0)
+        p_MN = tl.exp2(tl.dot(q_MK, tl.trans(k_NK), input_precision="tf32x3") * scale - lse_M[:, None])
+        if partial:
+            p_MN = tl.where(_seen(j_N, is_far, i_M, window, WINDOWED), p_MN, 0.0)
+        ds_MN = p_MN * (tl.dot(dout_MK, tl.trans(v_NK), input_precision="tf32x3") - delta_M[:, None])
+        dq_MK = tl.dot(ds_MN.to(k_NK.dtype), k_NK, dq_MK, input_precision="tf32x3")
     dq_MK *= plain_scale
     tl.store(_rows(dq_ptr + row_0, local_M, H * K, K), dq_MK.to(dq_ptr.dtype.element_ty), mask=in_M1)
 
@@ -224,8 +220,8 @@ def _keys_kernel(
         j_N = n_N
         begin, end = n_first, tl.minimum(T, last + window + 1)
         everyone = last  # queries in [last, first key + W] see every key of the tile
-    k_NK = tl.load(_rows(k_ptr + b * k_b + h * k_h, n_N.to(tl.int64), k_t, K), mask=in_N1, other=0.0)
-    v_NK = tl.load(_rows(v_ptr + b * v_b + h * v_h, n_N.to(tl.int64), v_t, K), mask=in_N1, other=0.0)
+    k_NK = tl.load(_rows(k_ptr + b * k_b + h * k_h, j_N.to(tl.int64), k_t, K), mask=in_N1, other=0.0)
+    v_NK = tl.load(_rows(v_ptr + b * v_b + h * v_h, j_N.to(tl.int64), v_t, K), mask=in_N1, other=0.0)
     dk_NK, dv_NK = tl.zeros([N, K], tl.float32), tl.zeros([N, K], tl.float32)
     q_ptr += b * q_b + h * q_h
     dout_ptr += b * dout_b + h * dout_h
@@ -239,16 +235,16 @@ def _keys_kernel(
         lse_M = tl.load(lse_ptr + i_M, mask=in_M, other=float("inf")) * 1.4426950408889634
         delta_M = tl.load(delta_ptr + i_M, mask=in_M, other=0.0)
         # a query outside of the sequence has lse = inf, hence weight 0
-        p_NM = tl.exp2(tl.dot(k_NK, tl.trans(q_MK), input_precision="ieee") * scale - lse_M[None, :])
+        p_NM = tl.exp2(tl.dot(k_NK, tl.trans(q_MK), input_precision="tf32x3") * scale - lse_M[None, :])
         if FAR:
             if i0 < everyone:
                 p_NM = tl.where(i_M[None, :] > j_N[:, None] + window, p_NM, 0.0)
         else:
             if (i0 < everyone) | (i0 + M - 1 > n_first + window):
                 p_NM = tl.where((i_M[None, :] >= j_N[:, None]) & (i_M[None, :] <= j_N[:, None] + window), p_NM, 0.0)
-        dv_NK = tl.dot(p_NM.to(dout_MK.dtype), dout_MK, dv_NK, input_precision="ieee")
-        ds_NM = p_NM * (tl.dot(v_NK, tl.trans(dout_MK), input_precision="ieee") - delta_M[None, :])
-        dk_NK = tl.dot(ds_NM.to(q_MK.dtype), q_MK, dk_NK, input_precision="ieee")
+        dv_NK = tl.dot(p_NM.to(dout_MK.dtype), dout_MK, dv_NK, input_precision="tf32x3")
+        ds_NM = p_NM * (tl.dot(v_NK, tl.trans(dout_MK), input_precision="tf32x3") - delta_M[None, :])
+        dk_NK = tl.dot(ds_NM.to(q_MK.dtype), q_MK, dk_NK, input_precision="tf32x3")
     dk_NK *= plain_scale
     at = split * split_stride.to(tl.int64) + (b * keys * H + h) * K
     tl.store(_rows(dk_ptr + at, n_N.to(tl.int64), H * K, K), dk_NK.to(dk_ptr.dtype.element_ty), mask=in_N1)
@@ -273,40 +269,44 @@ def _add_far_kernel(
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=c < C)
 
 
-def _pack_far(x_BTHK: Tensor, pattern: tuple[int, int, int]) -> Tensor:
-    """The far list (B, F, H, K) of keys or values: a strided view if it is dilated tokens only, else a copy."""
-    dilation, _, initial = pattern
-    if initial == 0 and dilation != -1:
-        return x_BTHK[:, dilation - 1 :: dilation]
-    return x_BTHK[:, far_positions(x_BTHK.shape[1], pattern, x_BTHK.device)]
-
-
 def _pattern_arguments(pattern: tuple[int, int, int]) -> dict[str, int]:
     dilation, window, initial = pattern
-    return {"dilation": NO_DILATION if dilation == -1 else dilation, "window": window, "initial": initial}
+    return {"dilation": NO_DILATION if dilation == -1 else min(dilation, NO_DILATION), "window": window, "initial": initial}
+
+
+def _far_keys(length: int, pattern: tuple[int, int, int]) -> int:
+    """Length F of the far list of a sequence."""
+    dilation, _, initial = pattern
+    return min(initial, length) + (0 if dilation == -1 else max(0, length // dilation - initial // dilation))
+
+
+def _forward_tile(length: int, pattern: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int, int, int]:
+    if dtype == torch.float32:
+        return FP32_TILE
+    keys = _far_keys(length, pattern) // 2 + min(pattern[1], length)
+    return next(tile for limit, tile in FORWARD_TILES if keys <= limit)
+
+
+def _strides(**tensors_BTHK: Tensor) -> dict[str, int]:
+    """Strides over B, T and H by the kernels' argument names."""
+    return {f"{name}_{axis}": x.stride(d) for name, x in tensors_BTHK.items() for d, axis in enumerate("bth")}
 
 
 def attention_forward(
     q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, gate_BTHK: Tensor | None, pattern: tuple[int, int, int], scale: float
 ) -> tuple[Tensor, Tensor]:
     """Launches the forward: (out_BTHK, gated if a gate is given; lse_BHT fp32)."""
-    m, n, warps, stages = FORWARD_TILE
     batch, length, heads, channels = q_BTHK.shape
-    k_far, v_far = _pack_far(k_BTHK, pattern), _pack_far(v_BTHK, pattern)
+    m, n, warps, stages = _forward_tile(length, pattern, q_BTHK.dtype)
     out_BTHK = torch.empty(q_BTHK.shape, dtype=q_BTHK.dtype, device=q_BTHK.device)
     lse_BHT = torch.empty(batch, heads, length, dtype=torch.float32, device=q_BTHK.device)
     gate = q_BTHK if gate_BTHK is None else gate_BTHK
     _forward_kernel[(triton.cdiv(length, m), batch * heads)](
-        q_BTHK, k_BTHK, v_BTHK, k_far, v_far, gate, out_BTHK, lse_BHT, length, heads, k_far.shape[1],
-        **_pattern_arguments(pattern), scale=scale * LOG2E,
-        **_named_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, kf=k_far, vf=v_far, gate=gate),
+        q_BTHK, k_BTHK, v_BTHK, gate, out_BTHK, lse_BHT, length, heads, **_pattern_arguments(pattern), scale=scale * LOG2E,
+        **_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, gate=gate),
         K=channels, M=m, N=n, WINDOWED=pattern[1] > 0, GATED=gate_BTHK is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out_BTHK, lse_BHT
-
-
-def _named_strides(**tensors_BTHK: Tensor) -> dict[str, int]:
-    return {f"{name}_{axis}": x.stride(d) for name, x in tensors_BTHK.items() for d, axis in enumerate("bth")}
 
 
 def attention_backward(
@@ -322,9 +322,8 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Launches the backward: (dq, dk, dv, gradient of the gate or None)."""
-    m, n, warps, stages = QUERY_TILE
     batch, length, heads, channels = q_BTHK.shape
-    k_far, v_far = _pack_far(k_BTHK, pattern), _pack_far(v_BTHK, pattern)
+    m, n, warps, stages = FP32_TILE if q_BTHK.dtype == torch.float32 else QUERY_TILE
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BTHK, k_BTHK, v_BTHK))
     gated = gate_BTHK is not None
     gate, dgate = (q_BTHK, dq) if gate_BTHK is None else (gate_BTHK, torch.empty_like(dq, dtype=gate_BTHK.dtype))
@@ -332,22 +331,23 @@ def attention_backward(
     delta_BHT = torch.empty_like(lse_BHT)
     shared = {**_pattern_arguments(pattern), "scale": scale * LOG2E, "plain_scale": scale}
     _queries_kernel[(triton.cdiv(length, m), batch * heads)](
-        q_BTHK, k_BTHK, v_BTHK, k_far, v_far, gate, out_BTHK, lse_BHT, dout_BTHK, lse_BHT if dlse_BHT is None else dlse_BHT,
-        dq, dk, dv, dgate, open_dout, delta_BHT, length, heads, k_far.shape[1], **shared,
-        **_named_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, kf=k_far, vf=v_far, gate=gate, dout=dout_BTHK),
+        q_BTHK, k_BTHK, v_BTHK, gate, out_BTHK, lse_BHT, dout_BTHK, lse_BHT if dlse_BHT is None else dlse_BHT,
+        dq, dk, dv, dgate, open_dout, delta_BHT, length, heads, **shared,
+        **_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, gate=gate, dout=dout_BTHK),
         K=channels, M=m, N=n, WINDOWED=pattern[1] > 0, GATED=gated, HAS_DLSE=dlse_BHT is not None,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    m, n, warps, stages = KEY_TILE
+    m, n, warps, stages = FP32_TILE if q_BTHK.dtype == torch.float32 else KEY_TILE
     options = {"K": channels, "M": m, "N": n, "num_warps": warps, "num_stages": stages}
     if pattern[1] > 0:
         _keys_kernel[(triton.cdiv(length, n), batch * heads, 1)](
             q_BTHK, k_BTHK, v_BTHK, open_dout, lse_BHT, delta_BHT, dk, dv, length, heads, length, **shared,
-            stretch=length, split_stride=0, **_named_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, dout=open_dout),
+            stretch=length, split_stride=0, **_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, dout=open_dout),
             FAR=False, **options,
         )  # fmt: skip
-    if k_far.shape[1] > 0:
-        _add_far_gradient(dk, dv, q_BTHK, k_far, v_far, open_dout, lse_BHT, delta_BHT, shared, options)
+    far = _far_keys(length, pattern)
+    if far > 0:
+        _add_far_gradient(dk, dv, q_BTHK, k_BTHK, v_BTHK, open_dout, lse_BHT, delta_BHT, far, shared, options)
     return dq, dk, dv, dgate if gated else None
 
 
@@ -355,24 +355,25 @@ def _add_far_gradient(
     dk: Tensor,
     dv: Tensor,
     q_BTHK: Tensor,
-    k_far_BFHK: Tensor,
-    v_far_BFHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHK: Tensor,
     dout_BTHK: Tensor,
     lse_BHT: Tensor,
     delta_BHT: Tensor,
+    far: int,
     shared: dict[str, Any],
     options: dict[str, int],
 ) -> None:
     """Adds the far keys' gradients to dk and dv, in place."""
     batch, length, heads, channels = q_BTHK.shape
-    far, tiles = k_far_BFHK.shape[1], triton.cdiv(k_far_BFHK.shape[1], options["N"])
+    tiles = triton.cdiv(far, options["N"])
     splits = max(1, min(FAR_PROGRAMS // (tiles * batch * heads), triton.cdiv(length, 4 * options["M"])))
     stretch = triton.cdiv(triton.cdiv(length, splits), options["M"]) * options["M"]
     parts = torch.empty(2, splits, batch, far, heads, channels, dtype=torch.float32, device=q_BTHK.device)
     split_stride = parts.stride(1)
     _keys_kernel[(tiles, batch * heads, splits)](
-        q_BTHK, k_far_BFHK, v_far_BFHK, dout_BTHK, lse_BHT, delta_BHT, parts[0], parts[1], length, heads, far, **shared,
-        stretch=stretch, split_stride=split_stride, **_named_strides(q=q_BTHK, k=k_far_BFHK, v=v_far_BFHK, dout=dout_BTHK),
+        q_BTHK, k_BTHK, v_BTHK, dout_BTHK, lse_BHT, delta_BHT, parts[0], parts[1], length, heads, far, **shared,
+        stretch=stretch, split_stride=split_stride, **_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, dout=dout_BTHK),
         FAR=True, **options,
     )  # fmt: skip
     block = min(1024, triton.next_power_of_2(heads * channels))

@@ -33,12 +33,12 @@ from torch.autograd.function import once_differentiable
 EMPTY = tl.constexpr(-1)  # int32 bits of a chain entry nobody has written: a NaN that no arithmetic instruction returns
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# (segments S, steps L, warps, load stages, registers a thread) forward and backward, by regime; S L must agree. Chosen by timing on
-# an H200. One load stage is the chain; more are a walk with that many blocks in flight.
-Tile = tuple[int, int, int, int, int]
-MANY_COLUMNS: tuple[Tile, Tile] = ((16, 4, 4, 2, 255), (16, 4, 4, 2, 255))
-FEW_COLUMNS: tuple[Tile, Tile] = ((16, 8, 4, 1, 255), (16, 8, 8, 1, 255))
-MANY_PROGRAMS = 200  # from so many column programs on, one each fills the GPU
+# (pairs BH, segments S, steps L, warps, load stages, registers a thread) forward and backward, by regime; S L must agree. Chosen by
+# timing on an H200. One load stage is the chain; more are a walk with that many blocks in flight.
+Tile = tuple[int, int, int, int, int, int]
+MANY_COLUMNS: tuple[Tile, Tile] = ((32, 16, 4, 4, 1, 168), (32, 8, 8, 4, 1, 255))
+FEW_COLUMNS: tuple[Tile, Tile] = ((32, 16, 8, 8, 1, 128), (32, 16, 8, 8, 1, 255))
+MANY_CHANNELS = 8192  # of all rows: from so many on, short blocks give enough programs and long ones only lengthen the chain
 
 
 @triton.jit
@@ -382,11 +382,6 @@ def _backward_kernel(
         )
 
 
-def pair_block(head_dim: int) -> int:
-    """Rotary pairs per program: the largest of 32, 16 and 8 that divides K / 2 (K is a multiple of 16)."""
-    return next(pairs for pairs in (32, 16, 8) if head_dim % (2 * pairs) == 0)
-
-
 def _strides(*tensors_BTHK: Tensor) -> list[int]:
     return [stride for x in tensors_BTHK for stride in x.stride()[:3]]
 
@@ -406,20 +401,30 @@ def _table_arguments(cos: Tensor | None, sin: Tensor | None, filler: Tensor) -> 
     return cos, sin, cos.stride(0) if cos.dim() == 3 else 0
 
 
-def _regime(k_BTHK: Tensor) -> tuple[tuple[Tile, Tile], int]:
-    """The tile table (forward, backward) for these inputs, and their number of column programs."""
+def _tiles(k_BTHK: Tensor) -> tuple[Tile, Tile]:
+    """The tiles (forward, backward) for inputs of this shape."""
     batch, _, heads, channels = k_BTHK.shape
-    programs = batch * heads * (channels // 2 // pair_block(channels))
-    return (MANY_COLUMNS if programs >= MANY_PROGRAMS else FEW_COLUMNS), programs
+    return MANY_COLUMNS if batch * heads * channels >= MANY_CHANNELS else FEW_COLUMNS
 
 
-def _launch_shape(tile: Tile, length: int, programs: int) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid, and the arguments both kernels share: one program walks all blocks (several load stages) or just one."""
-    segments, steps, warps, stages, registers = tile
+def _launch_shape(tile: Tile, like_BTHK: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid, and the arguments both kernels share: a program walks all blocks of its columns (several load stages) or just one."""
+    pairs, segments, steps, warps, stages, registers = tile
+    batch, length, heads, channels = like_BTHK.shape
+    pairs = next(p for p in (pairs, 32, 16, 8) if p <= pairs and channels % (2 * p) == 0)  # channels are a multiple of 16
     blocks = triton.cdiv(length, segments * steps)
     span = blocks if stages > 1 else 1
-    options = {"S": segments, "L": steps, "STAGES": stages, "num_warps": warps, "maxnreg": registers}
-    return (programs * (blocks // span),), {"blocks": blocks, "span": span, "MASKED": length % (segments * steps) != 0, **options}
+    options = {
+        "R": channels // 2,
+        "BH": pairs,
+        "S": segments,
+        "L": steps,
+        "STAGES": stages,
+        "num_warps": warps,
+        "maxnreg": registers,
+    }
+    grid = batch * heads * (channels // 2 // pairs) * (blocks // span)
+    return (grid,), {"blocks": blocks, "span": span, "MASKED": length % (segments * steps) != 0, **options}
 
 
 def scan_forward(
@@ -433,9 +438,8 @@ def scan_forward(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the forward: (k_out, v_out, states (blocks + 1, 2, B, H, K) fp32 in front of every block and behind the last)."""
-    batch, length, heads, channels = k_BTHK.shape
-    (tile, _), programs = _regime(k_BTHK)
-    grid, shape = _launch_shape(tile, length, programs)
+    batch, length, heads, _ = k_BTHK.shape
+    grid, shape = _launch_shape(_tiles(k_BTHK)[0], k_BTHK)
     k_out, v_out = (torch.empty(k_BTHK.shape, dtype=out_dtype, device=k_BTHK.device) for _ in range(2))
     chain = _new_chain(shape["blocks"], k_BTHK)
     if start is None:
@@ -447,7 +451,7 @@ def scan_forward(
     _forward_kernel[grid](
         k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, k_out, v_out, chain,
         batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK), table_b,
-        R=channels // 2, BH=pair_block(channels), ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **shape,
+        ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **shape,
     )  # fmt: skip
     return k_out, v_out, chain
 
@@ -465,9 +469,8 @@ def scan_backward(
     dlast: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches the backward, `states` from the forward: (dk, dv, dg, gradient of the initial states (2, B, H, K) fp32)."""
-    batch, length, heads, channels = k_BTHK.shape
-    (_, tile), programs = _regime(k_BTHK)
-    grid, shape = _launch_shape(tile, length, programs)
+    batch, length, heads, _ = k_BTHK.shape
+    grid, shape = _launch_shape(_tiles(k_BTHK)[1], k_BTHK)
     dk, dv, dg = (torch.empty(k_BTHK.shape, dtype=x.dtype, device=x.device) for x in (k_BTHK, v_BTHK, g_BTHK))
     chain = _new_chain(shape["blocks"], k_BTHK)
     chain[-1, 0].copy_(dlast[0])
@@ -476,7 +479,7 @@ def scan_backward(
     _backward_kernel[grid](
         k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, dk_out_BTHK, dv_out_BTHK, states, chain,
         dk, dv, dg, batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK, dk_out_BTHK, dv_out_BTHK), table_b,
-        R=channels // 2, BH=pair_block(channels), ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **shape,
+        ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **shape,
     )  # fmt: skip
     return dk, dv, dg, chain[0]
 
