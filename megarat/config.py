@@ -22,6 +22,7 @@ from megarat.errors import UserError
 from megarat.model.pattern import Pattern, Patterns, PatternSpec, resolve
 
 PatternSetting = Union[str, list[Union[str, list[str]]]]
+ShardsSetting = Union[str, dict[str, float]]
 
 
 def setting(default: Any, doc: str) -> Any:
@@ -85,12 +86,28 @@ class AttentionConfig:
 class DataConfig:
     """The token stream."""
 
-    shards: str = required("Folder written by data_tools/build_shards.py (train/, validation/, tokenizer/).")
+    shards: ShardsSetting = required(
+        "Folder written by data_tools/build_shards.py (train/, validation/, tokenizer/), its URL, or a blend: a mapping of such corpora "
+        "to weights by tokens; the first one's tokenizer and validation side are the run's."
+    )
     sequence_length: int = setting(4096, "Tokens T of a training sequence.")
     order: Literal["shuffled", "random_offsets"] = setting(
         "shuffled", "`shuffled`: every sequence once an epoch; `random_offsets`: uniform starts with replacement (adaptation)."
     )
+    shuffle_run: int = setting(16, "Neighbouring sequences that are read together; 1 shuffles the corpus sequence by sequence.")
+    shuffle_window: int = setting(2048, "Runs that are mixed at a time, taken from all over the corpus.")
+    documents: Literal["packed", "separate"] = setting(
+        "packed", "`packed`: attention and recurrence run on over the ends of documents, as published; `separate`: they do not."
+    )
+    max_epochs: float = setting(0.0, "Refuse to train for more epochs of any corpus than this; 0 = no limit.")
+    cache: str = setting("", "Folder for what is fetched of remote corpora; empty = megarat in the user's cache folder.")
+    cache_gb: float = setting(20.0, "Bound of that folder, in 10^9 bytes.")
     prefetch: int = setting(2, "Global batches read ahead of the step.")
+
+    @property
+    def primary(self) -> str:
+        """The corpus, or the first of a blend: whose tokenizer and validation side are the run's."""
+        return self.shards if isinstance(self.shards, str) else next(iter(self.shards))
 
 
 @dataclass
@@ -243,12 +260,11 @@ def validate(config: Config, source: str = "config") -> None:
 
 _POSITIVE = (
     "model.layers model.hidden model.heads model.vocab model.ffn_multiple model.rope_base model.norm_eps model.init_std "
-    "data.sequence_length data.prefetch train.pairs train.global_batch train.micro_batch train.max_skipped optim.lr optim.eps "
+    "data.sequence_length data.shuffle_run data.shuffle_window data.cache_gb data.prefetch train.pairs train.global_batch "
+    "train.micro_batch train.max_skipped optim.lr optim.eps "
     "parallel.tensor parallel.pipeline parallel.context checkpoint.every checkpoint.keep log.every"
 ).split()
-_NOT_NEGATIVE = (
-    "optim.min_lr optim.warmup optim.weight_decay optim.clip checkpoint.keep_every train.wall_clock_minutes train.seed".split()
-)
+_NOT_NEGATIVE = "data.max_epochs optim.min_lr optim.warmup optim.weight_decay optim.clip checkpoint.keep_every train.wall_clock_minutes train.seed".split()
 
 
 def _validate_shape(model: ModelConfig, source: str) -> None:
@@ -373,6 +389,8 @@ def _coerce(value: Any, hint: Any, source: str, key: str) -> Any:
         if value not in options:
             raise UserError(f"{source}: {key} is {value!r}; it must be one of {', '.join(map(str, options))}")
         return value
+    if hint == ShardsSetting:
+        return _coerce_shards(value, source, key)
     if origin in (Union, types.UnionType):  # attention.pattern: a string, or nested lists of strings
         return _coerce_pattern(value, source, key)
     if hint is float:
@@ -382,6 +400,18 @@ def _coerce(value: Any, hint: Any, source: str, key: str) -> Any:
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{source}: {key} is {value!r}; it must be {_TYPE_NAMES[hint]}")
     return value
+
+
+def _coerce_shards(value: Any, source: str, key: str) -> ShardsSetting:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping) or not value or not all(isinstance(location, str) for location in value):
+        raise UserError(f"{source}: {key}: found {value!r}; write a folder or URL, or a mapping of several to weights by tokens")
+    weights = {location: _coerce_number(weight, source, f"{key}.{location}") for location, weight in value.items()}
+    for location, weight in weights.items():
+        if weight <= 0:
+            raise UserError(f"{source}: {key}.{location} is {weight}; a weight must be greater than 0")
+    return weights
 
 
 def _coerce_number(value: Any, source: str, key: str) -> float:
@@ -435,6 +465,8 @@ def reference() -> str:
 def _type_text(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return ", ".join(f"`{option}`" for option in typing.get_args(hint))
+    if hint == ShardsSetting:
+        return "str, or str: float"
     if typing.get_origin(hint) in (Union, types.UnionType):
         return "pattern or lists"
     return str(hint.__name__)

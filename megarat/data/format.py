@@ -10,15 +10,18 @@ input gives equal bytes) whose sample `%08d` holds
 Every block of a shard but its last holds exactly `block_tokens` tokens, so that a position in the stream turns into shard, block
 and byte by arithmetic, and an index of 200 billion tokens stays a few tens of megabytes. Keys of `index.json`:
 
-    format, version            "megarat-shards", 1
+    format, version            "megarat-shards", 2
     dtype, vocab_size, eos_id  how to read the tokens
     block_tokens               tokens of a full block
     tokenizer                  {name, kind, sha256} of the tokenizer's file
     total_tokens, total_documents
     shards                     [{file, bytes, sha256, tokens, documents, offsets, crc32}, …] in stream order:
-                               `offsets` are the byte positions of each block's tokens in the tar, `crc32` their checksums,
-                               8 hexadecimal digits a block in one string, so that a reader can prove each block it touches
+                               `offsets` are the byte positions of each block's tokens in the tar, each as its distance from
+                               the one before (from 0 the first), `crc32` their checksums, so that a reader can prove each block
+                               it touches; both 8 hexadecimal digits a block in one string
     source                     provenance: input files with sizes and hashes, options
+
+Version 1, which listed the offsets as plain numbers, is read too.
 
 A folder without `index.json` is not a corpus: the writer puts the index in place last, by one rename.
 """
@@ -41,10 +44,12 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megarat.data.store import Gone, LocalStore, Store
 from megarat.errors import UserError
 
 FORMAT = "megarat-shards"
-VERSION = 1
+VERSION = 2
+READABLE_VERSIONS = (1, 2)
 INDEX_NAME = "index.json"
 DEFAULT_BLOCK_TOKENS = 1 << 16
 DEFAULT_SHARD_TOKENS = 1 << 26  # 128 MiB of uint16: few files for the file system, small enough to move around
@@ -102,9 +107,9 @@ def block_sizes(tokens: int, block_tokens: int) -> IntArray:
 
 @dataclass(frozen=True)
 class Index:
-    """What `index.json` says, validated."""
+    """What `index.json` says, validated. `location` is the folder or URL it came from."""
 
-    folder: Path
+    location: str
     dtype: np.dtype[Any]
     vocab_size: int
     eos_id: int
@@ -112,6 +117,11 @@ class Index:
     tokenizer: TokenizerInfo
     shards: tuple[Shard, ...]
     source: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The location of a corpus on this machine's file system."""
+        return Path(self.location)
 
     @property
     def total_tokens(self) -> int:
@@ -125,18 +135,25 @@ class Index:
 
     @classmethod
     def read(cls, folder: str | Path) -> Index:
-        """Reads and validates `folder/index.json`.
+        """Reads and validates `folder/index.json`. Raises what `parse` does."""
+        store = LocalStore(Path(folder))
+        return cls.parse(load_index(store), store.location)
+
+    @classmethod
+    def parse(cls, content: bytes, location: str) -> Index:
+        """Validates the contents of an `index.json`.
 
         Raises:
-            UserError: the index is missing, is not JSON, has another version, or contradicts itself (the key is named).
+            UserError: it is not JSON, has another version, or contradicts itself (the key is named).
         """
-        path = Path(folder) / INDEX_NAME
-        fields = _Fields(path, "", _read_json(path))
+        name = f"{location}/{INDEX_NAME}"
+        fields = _Fields(name, "", _parse_json(content, name))
         if (found := fields.get("format", str)) != FORMAT:
             raise fields.error("format", f"is {found!r}, expected {FORMAT!r}: this is not an index of token shards")
-        if (version := fields.get("version", int)) != VERSION:
-            raise fields.error("version", f"is {version}; this megarat reads version {VERSION}: build the shards again")
-        index = _parse_index(fields, Path(folder))
+        if (version := fields.get("version", int)) not in READABLE_VERSIONS:
+            known = " and ".join(map(str, READABLE_VERSIONS))
+            raise fields.error("version", f"is {version}; this megarat reads versions {known}: build the shards again")
+        index = _parse_index(fields, location)
         for key, counted in (("total_tokens", index.total_tokens), ("total_documents", index.total_documents)):
             if (claimed := fields.get(key, int)) != counted:
                 raise fields.error(key, f"is {claimed}, but the shards listed add up to {counted}")
@@ -281,7 +298,7 @@ class ShardWriter:
         if not self._shards:
             raise UserError(f"{self._folder}: empty corpus: no document was added")
         index = Index(
-            folder=self._folder,
+            location=str(self._folder),
             dtype=self._dtype,
             block_tokens=self._block_tokens,
             shards=tuple(self._shards),
@@ -431,40 +448,58 @@ def _shard_to_json(shard: Shard) -> dict[str, Any]:
         "sha256": shard.sha256,
         "tokens": shard.tokens,
         "documents": shard.documents,
-        "offsets": shard.offsets.tolist(),
-        "crc32": shard.crc32.astype(">u4").tobytes().hex(),
+        "offsets": _to_hex(np.diff(shard.offsets, prepend=0)),
+        "crc32": _to_hex(shard.crc32),
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _to_hex(values: npt.NDArray[Any]) -> str:
+    """Numbers below 2**32 as 8 hexadecimal digits each: parsing a list of millions of decimal ones would take a second."""
+    return values.astype(">u4").tobytes().hex()
+
+
+def _from_hex(text: str) -> npt.NDArray[np.uint32]:
+    return np.frombuffer(bytes.fromhex(text), dtype=">u4").astype(np.uint32)
+
+
+def load_index(store: Store) -> bytes:
+    """The contents of the `index.json` of a corpus.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
     try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
+        return store.load(INDEX_NAME)
+    except Gone as error:
         raise UserError(
-            f"{path}: no such file; expected a folder of finished shards, as data_tools/build_shards.py makes"
+            f"{store.name(INDEX_NAME)}: {error}; expected a folder of finished shards, as data_tools/build_shards.py makes"
         ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _parse_json(content: bytes, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
     except ValueError as error:
-        raise UserError(f"{path}: damaged, not JSON ({error}): restore it or build the shards again") from None
+        raise UserError(f"{name}: damaged, not JSON ({error}): restore it or build the shards again") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: damaged, holds a {type(found).__name__} where an object is expected")
+        raise UserError(f"{name}: damaged, holds a {type(found).__name__} where an object is expected")
     return found
 
 
 class _Fields:
     """A JSON object whose keys are read with their types checked; errors name the file and the key."""
 
-    def __init__(self, path: Path, prefix: str, values: dict[str, Any]):
-        self._path, self._prefix, self._values = path, prefix, values
+    def __init__(self, name: str, prefix: str, values: dict[str, Any]):
+        self._name, self._prefix, self._values = name, prefix, values
 
-    def get(self, key: str, kind: type) -> Any:
-        """The value of a key, which must have the given type; integers must not be negative."""
+    def get(self, key: str, kind: type | tuple[type, ...]) -> Any:
+        """The value of a key, which must have the given type, or one of them; integers must not be negative."""
         if key not in self._values:
             raise self.error(key, "is missing")
         value = self._values[key]
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise self.error(key, f"is {value!r:.80}, expected {kind.__name__}")
+            names = [each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,))]
+            raise self.error(key, f"is {value!r:.80}, expected {' or '.join(names)}")
         if isinstance(value, int) and value < 0:
             raise self.error(key, f"is {value}, expected 0 or more")
         return value
@@ -473,13 +508,13 @@ class _Fields:
         """The object found under a key."""
         if not isinstance(values, dict):
             raise self.error(key, f"is {values!r:.80}, expected an object")
-        return _Fields(self._path, f"{self._prefix}{key}.", values)
+        return _Fields(self._name, f"{self._prefix}{key}.", values)
 
     def error(self, key: str, fault: str) -> UserError:
-        return UserError(f"{self._path}: key `{self._prefix}{key}` {fault}")
+        return UserError(f"{self._name}: key `{self._prefix}{key}` {fault}")
 
 
-def _parse_index(fields: _Fields, folder: Path) -> Index:
+def _parse_index(fields: _Fields, location: str) -> Index:
     name = fields.get("dtype", str)
     if name not in ("uint16", "uint32"):
         raise fields.error("dtype", f"is {name!r}, expected 'uint16' or 'uint32'")
@@ -494,7 +529,7 @@ def _parse_index(fields: _Fields, folder: Path) -> Index:
         raise fields.error("shards", "is empty: the corpus holds no tokens")
     made_by = fields.inside("tokenizer", fields.get("tokenizer", dict))
     return Index(
-        folder=folder,
+        location=location,
         dtype=dtype,
         vocab_size=vocab_size,
         eos_id=eos_id,
@@ -507,8 +542,8 @@ def _parse_index(fields: _Fields, folder: Path) -> Index:
 
 def _parse_shard(fields: _Fields, block_tokens: int, itemsize: int) -> Shard:
     try:
-        offsets = np.array(fields.get("offsets", list), dtype=np.int64)
-        crc32 = np.frombuffer(bytes.fromhex(fields.get("crc32", str)), dtype=">u4").astype(np.uint32)
+        offsets = _parse_offsets(fields)
+        crc32 = _from_hex(fields.get("crc32", str))
     except (TypeError, ValueError, OverflowError) as error:
         raise fields.error("offsets", f"or `crc32` is not a list of numbers: {error}") from None
     shard = Shard(
@@ -531,3 +566,10 @@ def _parse_shard(fields: _Fields, block_tokens: int, itemsize: int) -> Shard:
     if offsets[0] < tarfile.BLOCKSIZE or (offsets[1:] < stops[:-1]).any() or stops[-1] > shard.bytes:
         raise fields.error("offsets", f"does not describe blocks inside a file of {shard.bytes} bytes")
     return shard
+
+
+def _parse_offsets(fields: _Fields) -> IntArray:
+    """Byte positions, stored as distances in hexadecimal digits (version 2) or as a list of numbers (version 1)."""
+    if isinstance(found := fields.get("offsets", (str, list)), list):
+        return np.array(found, dtype=np.int64)
+    return np.cumsum(_from_hex(found), dtype=np.int64)

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from megarat.data.format import TokenArray
 from megarat.data.plan import Plan, SequentialPlan
-from megarat.data.reader import TokenReader
+from megarat.data.reader import Reader
 from megarat.errors import UserError
 
 IGNORED_LABEL = -100
 
-MicroBatch = tuple[Tensor, Tensor]  # inputs (b, T) int64, labels (b, T) int64 with -100 where the input token is EOS
+# Inputs (b, T), labels (b, T) with -100 where the input token is EOS and, where documents are kept apart, the number of each
+# token's document within its sequence (b, T); int64 each.
+MicroBatch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 
 class PairBatch(NamedTuple):
@@ -44,7 +46,8 @@ class Loader:
     """Pair n -> this rank's share of it, a pure function of n.
 
     Pair n holds the positions n*G … n*G + G - 1 of the plan, G = `global_batch` sequences. Accumulation step a of data rank r takes
-    the `micro_batch` positions from n*G + (a * data_size + r) * micro_batch on: the ranks of one step lie side by side.
+    the `micro_batch` positions from n*G + (a * data_size + r) * micro_batch on: the ranks of one step lie side by side. With
+    `separate_documents` a micro-batch tells the document of each token, so that the model can keep them apart.
 
     Raises:
         UserError: `global_batch` is not a multiple of micro_batch * data_size.
@@ -52,7 +55,7 @@ class Loader:
 
     def __init__(
         self,
-        reader: TokenReader,
+        reader: Reader,
         plan: Plan,
         *,
         sequence_length: int,
@@ -60,6 +63,7 @@ class Loader:
         micro_batch: int,
         data_rank: int = 0,
         data_size: int = 1,
+        separate_documents: bool = False,
     ):
         if plan.sequence_length != sequence_length:
             raise ValueError(f"plan of sequences of {plan.sequence_length} tokens in a loader of {sequence_length}")
@@ -70,7 +74,7 @@ class Loader:
                 f"train.global_batch is {global_batch}, expected a multiple of train.micro_batch x data-parallel ranks ="
                 f" {micro_batch} x {data_size} = {micro_batch * data_size}"
             )
-        self._reader, self._plan = reader, plan
+        self._reader, self._plan, self._separate_documents = reader, plan, separate_documents
         self._sequence_length, self._global_batch, self._micro_batch = sequence_length, global_batch, micro_batch
         steps = np.arange(global_batch // (micro_batch * data_size))
         self._own = ((steps[:, None] * data_size + data_rank) * micro_batch + np.arange(micro_batch)).ravel()  # (steps * b,)
@@ -80,11 +84,16 @@ class Loader:
         positions = n * self._global_batch + self._own
         samples = read_samples(self._reader, self._plan, positions)
         micro_batches = [
-            to_micro_batch(samples[i : i + self._micro_batch], self._reader.index.eos_id)
-            for i in range(0, len(samples), self._micro_batch)
+            self._micro_batch_of(samples[i : i + self._micro_batch]) for i in range(0, len(samples), self._micro_batch)
         ]
         digest = sum(sample_digest(p, s) for p, s in zip(positions.tolist(), samples, strict=True)) % (1 << 64)
         return PairBatch(micro_batches, digest, self._global_batch * self._sequence_length)
+
+    def _micro_batch_of(self, samples: TokenArray) -> MicroBatch:
+        inputs, labels = to_micro_batch(samples, self._reader.eos_id)
+        if not self._separate_documents:
+            return inputs, labels
+        return inputs, labels, number_documents(inputs, self._reader.eos_id)
 
     def iterate(self, first_pair: int, prefetch: int = 2) -> Iterator[PairBatch]:
         """Pairs first_pair, first_pair + 1, … without end, read by a thread up to `prefetch` pairs ahead.
@@ -128,8 +137,8 @@ def _put(ready: queue.Queue[PairBatch | BaseException], item: PairBatch | BaseEx
 
 
 def evaluation_batches(
-    reader: TokenReader, sequence_length: int, micro_batch: int, limit_tokens: int | None = None
-) -> Iterator[MicroBatch]:
+    reader: Reader, sequence_length: int, micro_batch: int, limit_tokens: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The stream in order, in sequences of T tokens that do not overlap; the last micro-batch may be smaller.
 
     Args:
@@ -148,23 +157,29 @@ def evaluation_batches(
         samples = min(samples, max(1, limit_tokens // sequence_length))
     for first in range(0, samples, micro_batch):
         positions = np.arange(first, min(first + micro_batch, samples))
-        yield to_micro_batch(read_samples(reader, plan, positions), reader.index.eos_id)
+        yield to_micro_batch(read_samples(reader, plan, positions), reader.eos_id)
 
 
-def read_samples(reader: TokenReader, plan: Plan, positions: np.ndarray) -> TokenArray:
+def read_samples(reader: Reader, plan: Plan, positions: np.ndarray) -> TokenArray:
     """T + 1 tokens of each position, (n, T + 1) in the dtype of the shards."""
     starts = plan.starts(positions)
-    samples = np.empty((len(starts), plan.sequence_length + 1), reader.index.dtype)
+    samples = np.empty((len(starts), plan.sequence_length + 1), reader.dtype)
     for row, start in zip(samples, starts.tolist(), strict=True):
         row[:] = reader.read(start, len(row))
     return samples
 
 
-def to_micro_batch(samples: TokenArray, eos_id: int) -> MicroBatch:
+def to_micro_batch(samples: TokenArray, eos_id: int) -> tuple[Tensor, Tensor]:
     """(b, T + 1) tokens -> inputs and labels: y_t = x_{t+1}, ignored where x_t is EOS, since what follows is another document."""
     tokens = torch.from_numpy(samples.astype(np.int64))
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].clone()
     return inputs, labels.masked_fill_(inputs == eos_id, IGNORED_LABEL)
+
+
+def number_documents(inputs: Tensor, eos_id: int) -> Tensor:
+    """The document of each token, counted from 0 in each sequence, (b, T) int64; an EOS belongs to the document it ends."""
+    ends = (inputs == eos_id).long()
+    return ends.cumsum(1) - ends
 
 
 def sample_digest(position: int, tokens: TokenArray) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +21,10 @@ from megarat.errors import UserError
 UIntArray = npt.NDArray[np.uint64]
 
 _ROUNDS = 8
+_SHARE_UNIT = 1 << 31  # shares of a blend are whole numbers of this, so that a product with a position fits 64 bits
+
+DEFAULT_RUN = 16  # 64 k tokens at the recipe's length: as much as a block of the shards holds
+DEFAULT_WINDOW = 2048  # runs: 268 MB of uint16 tokens at the recipe's length
 
 
 class Plan(Protocol):
@@ -32,19 +37,33 @@ class Plan(Protocol):
 
 
 class ShuffledPlan:
-    """Every sequence once an epoch, in a new random order each epoch.
+    """Every sequence once an epoch, in a new random order each epoch, with reads that stay together.
 
     Sequence r covers tokens r*T … r*T + T (its labels reach one token into the next sequence); the tail that does not fill a
-    sequence is not used. Position p is the sequence `permutation(seed, p // n)(p % n)` of the n there are.
+    sequence is not used. An epoch is made in two levels:
+
+    1. The n sequences, counted around the corpus from a random one, are cut into n // `run` runs of neighbours, and the runs are
+       permuted over the whole corpus.
+    2. `window` of these runs at a time (about; windows of an epoch are equally long) are mixed: their sequences are permuted.
+
+    A window reads its runs once and whole, from anywhere in the corpus, so that a reader needs the blocks of one window and no
+    more; two samples in a row come from the same run with a chance of 1 / `window`. A corpus of a single window is permuted
+    sequence by sequence, and so is any corpus with `run` = 1. What does not fill a run (fewer than `run` sequences, others each
+    epoch) is mixed into the last window.
 
     Raises:
         UserError: the corpus is shorter than one sequence and its last label.
     """
 
-    def __init__(self, num_tokens: int, sequence_length: int, seed: int):
+    def __init__(self, num_tokens: int, sequence_length: int, seed: int, *, run: int = DEFAULT_RUN, window: int = DEFAULT_WINDOW):
+        if run < 1 or window < 1:
+            raise UserError(f"data.shuffle_run is {run} and data.shuffle_window {window}; both must be at least 1")
         self.sequence_length = sequence_length
         self.samples_per_epoch = count_samples(num_tokens, sequence_length)
         self._seed = seed
+        self._run = min(run, self.samples_per_epoch)
+        self._runs = self.samples_per_epoch // self._run
+        self._windows = max(1, round(self._runs / window))
 
     def starts(self, positions: IntArray) -> IntArray:
         """Offset of the first token of each sample, (n,) -> (n,)."""
@@ -52,8 +71,28 @@ class ShuffledPlan:
         sequences = np.empty_like(ranks)
         for epoch in np.unique(epochs):
             inside = epochs == epoch
-            sequences[inside] = permute(ranks[inside], self.samples_per_epoch, _key(self._seed, "shuffle", int(epoch)))
+            sequences[inside] = self._sequences(int(epoch), ranks[inside])
         return sequences * self.sequence_length
+
+    def _sequences(self, epoch: int, ranks: IntArray) -> IntArray:
+        """The sequence at each rank of an epoch, (n,) -> (n,)."""
+        slots = np.empty_like(ranks)
+        windows = ((np.minimum(ranks // self._run, self._runs - 1) + 1) * self._windows - 1) // self._runs
+        for window in np.unique(windows):
+            first, last = self._window_slots(int(window))
+            inside = windows == window
+            key = _key(self._seed, "window", epoch, int(window))
+            slots[inside] = first + permute(ranks[inside] - first, last - first, key)
+        runs, steps = np.divmod(slots, self._run)
+        whole = runs < self._runs  # the slots behind the last whole run keep their place
+        runs[whole] = permute(runs[whole], self._runs, _key(self._seed, "runs", epoch))
+        turn = _key(self._seed, "turn", epoch) % self.samples_per_epoch
+        return (runs * self._run + steps + turn) % self.samples_per_epoch
+
+    def _window_slots(self, window: int) -> tuple[int, int]:
+        """First slot of a window and the one after its last. Window w holds the runs w*R // W … (w + 1)*R // W - 1 of R."""
+        first, last = (w * self._runs // self._windows * self._run for w in (window, window + 1))
+        return first, self.samples_per_epoch if window == self._windows - 1 else last
 
 
 class RandomOffsetPlan:
@@ -76,6 +115,68 @@ class RandomOffsetPlan:
         """Offset of the first token of each sample, (n,) -> (n,)."""
         noise = _mix(np.asarray(positions).astype(np.uint64), self._key)
         return (noise % np.uint64(self._choices)).astype(np.int64)  # 2**64 is so large that the bias is below 1e-7
+
+
+class BlendPlan:
+    """Several corpora mixed by tokens: position p belongs to one of them, and each goes through its own plan without gaps.
+
+    With the shares a_0, a_1, … of the corpora, corpus 0 takes position p when floor((p + 1) a_0) > floor(p a_0), that is, as
+    evenly as integers can; the positions it leaves are counted from 0 and shared out among the others in the same way. After any
+    number of positions every corpus is within two samples of its share. Nothing is stored: which corpus, and how many of its
+    samples came before, is arithmetic on p. Corpora may be of any size; each has its own epochs.
+
+    The corpora lie one behind the other in one address space, in which `starts` gives offsets (`reader.BlendReader` reads it).
+
+    Raises:
+        UserError: no corpus, or a weight that is not positive.
+    """
+
+    def __init__(self, plans: Sequence[Plan], sizes: Sequence[int], weights: Sequence[float]):
+        if not plans or not len(plans) == len(sizes) == len(weights):
+            raise ValueError(f"{len(plans)} plans, {len(sizes)} sizes and {len(weights)} weights")
+        if any(not (weight > 0 and math.isfinite(weight)) for weight in weights):
+            raise UserError(f"data.shards: weights {list(weights)}; each must be a positive number")
+        self.sequence_length = plans[0].sequence_length
+        self._plans = plans
+        self._bases = np.cumsum([0, *sizes[:-1]])
+        rest = [math.fsum(weights[i:]) for i in range(len(weights))]
+        self._shares = [round(weight / whole * _SHARE_UNIT) for weight, whole in zip(weights, rest, strict=True)]
+        if 0 in self._shares:
+            raise UserError(
+                f"data.shards: weights {list(weights)}; each must be at least {1 / _SHARE_UNIT} of the later ones' sum"
+            )
+
+    def starts(self, positions: IntArray) -> IntArray:
+        """Offset of the first token of each sample, (n,) -> (n,)."""
+        corpora, own = self.split(positions)
+        starts = np.empty_like(own)
+        for number, plan in enumerate(self._plans):
+            inside = corpora == number
+            if inside.any():
+                starts[inside] = self._bases[number] + plan.starts(own[inside])
+        return starts
+
+    def counts(self, samples: int) -> list[int]:
+        """How many of the first `samples` positions each corpus takes."""
+        counts, left = [], samples
+        for share in self._shares:
+            counts.append(left * share // _SHARE_UNIT)
+            left -= counts[-1]
+        return counts
+
+    def split(self, positions: IntArray) -> tuple[IntArray, IntArray]:
+        """The corpus of each position, and the position in that corpus' own order: (n,) -> (n,), (n,)."""
+        left = np.array(positions, np.int64)  # counted among the positions that no corpus has taken yet
+        if len(left) and int(left.max()) >= 1 << 31:
+            raise ValueError(f"position {left.max()}: a blend has {1 << 31} positions")
+        corpora, own = np.full_like(left, -1), np.zeros_like(left)
+        for number, share in enumerate(self._shares):
+            taken_before, taken_after = left * share // _SHARE_UNIT, (left + 1) * share // _SHARE_UNIT
+            free = corpora < 0
+            takes = free & (taken_after > taken_before)
+            corpora[takes], own[takes] = number, taken_before[takes]
+            left = np.where(free, left - taken_before, left)
+        return corpora, own
 
 
 class SequentialPlan:
@@ -153,6 +254,7 @@ def _avalanche(values: UIntArray) -> UIntArray:
     return z ^ (z >> np.uint64(31))
 
 
-def _key(seed: int, purpose: str, epoch: int) -> int:
-    """64 bits that share nothing visible between seeds, purposes and epochs."""
-    return int.from_bytes(hashlib.blake2b(f"{purpose}:{seed}:{epoch}".encode(), digest_size=8).digest(), "little")
+def _key(seed: int, purpose: str, *numbers: int) -> int:
+    """64 bits that share nothing visible between seeds, purposes and numbers."""
+    name = ":".join(map(str, (purpose, seed, *numbers)))
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")

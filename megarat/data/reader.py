@@ -1,41 +1,68 @@
-"""Random access to the token stream of a corpus, on ordinary WebDataset tars.
+"""Random access to the token stream of a corpus, on ordinary WebDataset tars, near or far.
 
-The tars are memory-mapped and the index says where each block of tokens starts, so that a read is arithmetic and a copy.
-Sizes of all shards are compared when a corpus is opened; each block is compared with its checksum when it is first touched, so
-that a flipped bit is found before it is trained on and at no more cost than reading the block.
+The index says where each block of tokens starts, so that a read is arithmetic and a copy. Sizes of all shards of a folder are
+compared when a corpus is opened; each block is compared with its checksum when it is first touched, so that a flipped bit is
+found before it is trained on and at no more cost than reading the block.
 """
 
 from __future__ import annotations
 
-import mmap
+import hashlib
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from megarat.data.format import Index, IntArray, Shard, TokenArray, block_sizes
+from megarat.data.format import Index, IntArray, Shard, TokenArray, block_sizes, load_index
+from megarat.data.store import Cache, Extent, Store, is_remote, open_store
 from megarat.errors import UserError
 
 if TYPE_CHECKING:
     import webdataset
 
 
-class TokenReader:
-    """The token stream of one corpus folder as one long array.
+class Reader(Protocol):
+    """Tokens by their place in one long array.
 
-    Not safe for several threads at once. Memory: the page cache of what is read, and one byte a block.
+    Attributes:
+        eos_id, dtype: of the tokens.
+        identity: hash of what will be read, 64 hexadecimal digits.
+    """
+
+    eos_id: int
+    dtype: np.dtype[Any]
+    identity: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the array, EOS included."""
+
+    def read(self, start: int, count: int) -> TokenArray:
+        """Tokens start … start + count - 1, a new array."""
+
+
+class TokenReader:
+    """The token stream of one corpus as one long array.
+
+    Not safe for several threads at once. Memory: the index, and one byte a block; nothing of the tokens is kept.
 
     Raises:
         UserError: a bad index, or a shard that is missing, truncated or too long.
     """
 
-    def __init__(self, folder: str | Path):
-        self.index = Index.read(folder)
-        for shard in self.index.shards:
-            self.index.check_file(shard)
+    def __init__(self, location: str | Path, cache: Cache | None = None):
+        self._store = open_store(location, cache)
+        content = load_index(self._store)
+        self.index = Index.parse(content, self._store.location)
+        self.identity = hashlib.sha256(content).hexdigest()
+        self.eos_id, self.dtype = self.index.eos_id, self.index.dtype
+        if not is_remote(location):
+            for shard in self.index.shards:
+                self.index.check_file(shard)
         self._shard_starts = np.cumsum([0] + [shard.tokens for shard in self.index.shards])  # (shards + 1,)
-        self._open: dict[int, _MappedShard] = {}
+        self._open: dict[int, _OpenShard] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -46,31 +73,28 @@ class TokenReader:
         """Tokens start … start + count - 1 of the stream, a new array in the dtype of the shards.
 
         Raises:
-            UserError: a block that is damaged or holds an id outside the vocabulary.
+            UserError: a block that is damaged, cut or gone, or holds an id outside the vocabulary.
         """
         if start < 0 or count < 0 or start + count > self.num_tokens:
             raise IndexError(f"tokens {start} to {start + count} of a stream of {self.num_tokens}")
-        out = np.empty(count, self.index.dtype)
+        out = np.empty(count, self.dtype)
         done = 0
         while done < count:
             number = int(np.searchsorted(self._shard_starts, start + done, side="right")) - 1
             done += self._shard(number).read_into(out[done:], start + done - int(self._shard_starts[number]))
         return out
 
-    def _shard(self, number: int) -> _MappedShard:
+    def _shard(self, number: int) -> _OpenShard:
         if number not in self._open:
-            self._open[number] = _MappedShard(self.index, self.index.shards[number])
+            self._open[number] = _OpenShard(self.index, self.index.shards[number], self._store)
         return self._open[number]
 
 
-class _MappedShard:
-    """One memory-mapped tar. The mapping lives as long as this object; no file descriptor stays open."""
+class _OpenShard:
+    """One tar, and which of its blocks have been proven."""
 
-    def __init__(self, index: Index, shard: Shard):
-        self._index, self._shard = index, shard
-        self._path = index.check_file(shard)  # again: a mapping of a file that has shrunk since would be a crash
-        with open(self._path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def __init__(self, index: Index, shard: Shard, store: Store):
+        self._index, self._shard, self._store = index, shard, store
         self._sizes: IntArray = block_sizes(shard.tokens, index.block_tokens)
         self._proven = np.zeros(len(self._sizes), dtype=bool)
 
@@ -80,32 +104,87 @@ class _MappedShard:
         done = 0
         while done < count:
             block, skip = divmod(position + done, self._index.block_tokens)
-            tokens = self._block(block)[skip : skip + count - done]
-            out[done : done + len(tokens)] = tokens
-            done += len(tokens)
+            wanted = min(count - done, int(self._sizes[block]) - skip)
+            out[done : done + wanted] = self._tokens(block, skip, wanted)
+            done += wanted
         return count
 
-    def _block(self, block: int) -> TokenArray:
-        tokens: TokenArray = np.frombuffer(
-            self._map, self._index.dtype, count=int(self._sizes[block]), offset=int(self._shard.offsets[block])
-        )
-        if not self._proven[block]:
-            self._prove(block, tokens)
-            self._proven[block] = True
-        return tokens
+    def _tokens(self, block: int, skip: int, count: int) -> TokenArray:
+        """Some tokens of a block; the whole block is read and proven the first time."""
+        if self._proven[block]:
+            return self._read(block, skip, count)
+        tokens = self._read(block, 0, int(self._sizes[block]))
+        if not self._is_whole(block, tokens) and self._store.forget(self._extent(block)):
+            tokens = self._read(block, 0, int(self._sizes[block]))
+        self._prove(block, tokens)
+        self._proven[block] = True
+        return tokens[skip : skip + count]
+
+    def _read(self, block: int, skip: int, count: int) -> TokenArray:
+        extent, size = self._extent(block), self._index.dtype.itemsize
+        content = self._store.read(extent, skip * size, count * size)
+        if len(content) != count * size:  # evicted from the cache since it was fetched, or cut
+            content = self._store.read(extent, skip * size, count * size)
+        if len(content) != count * size:
+            raise UserError(
+                f"{self._store.name(self._shard.file)}: shard was truncated while it was read: block {block} lacks"
+                f" {count * size - len(content)} bytes; restore the file"
+            )
+        return np.frombuffer(content, self._index.dtype)
+
+    def _extent(self, block: int) -> Extent:
+        length = int(self._sizes[block]) * self._index.dtype.itemsize
+        return Extent(self._shard.file, self._shard.bytes, block, int(self._shard.offsets[block]), length)
+
+    def _is_whole(self, block: int, tokens: TokenArray) -> bool:
+        return zlib.crc32(tokens.data) == int(self._shard.crc32[block])
 
     def _prove(self, block: int, tokens: TokenArray) -> None:
-        if zlib.crc32(tokens.data) != int(self._shard.crc32[block]):
+        name = self._store.name(self._shard.file)
+        if not self._is_whole(block, tokens):
             raise UserError(
-                f"{self._path}: shard is damaged: block {block} (bytes {self._shard.offsets[block]} to"
+                f"{name}: shard is damaged: block {block} (bytes {self._shard.offsets[block]} to"
                 f" {self._shard.offsets[block] + tokens.nbytes}) does not match its checksum; restore the file"
             )
         if int(tokens.max()) >= self._index.vocab_size:
             where = int(np.argmax(tokens >= self._index.vocab_size))
             raise UserError(
-                f"{self._path}: token {block * self._index.block_tokens + where} is id {tokens[where]}, outside the vocabulary of"
+                f"{name}: token {block * self._index.block_tokens + where} is id {tokens[where]}, outside the vocabulary of"
                 f" {self._index.vocab_size}: the shards were made with another tokenizer"
             )
+
+
+class BlendReader:
+    """Several corpora, one behind the other, in one address space: what the offsets of a `plan.BlendPlan` point into.
+
+    Raises:
+        UserError: corpora of different tokenizers.
+    """
+
+    def __init__(self, readers: Sequence[TokenReader], weights: Sequence[float]):
+        first = readers[0].index
+        for reader in readers[1:]:
+            if reader.index.tokenizer.sha256 != first.tokenizer.sha256:
+                raise UserError(
+                    f"data.shards: {reader.index.location} was made with {reader.index.tokenizer.name} (SHA-256"
+                    f" {reader.index.tokenizer.sha256}), but {first.location} with {first.tokenizer.name} (SHA-256"
+                    f" {first.tokenizer.sha256}); corpora of a blend need one tokenizer"
+                )
+        self._readers = readers
+        self._starts = np.cumsum([0] + [reader.num_tokens for reader in readers])
+        self.eos_id, self.dtype = first.eos_id, first.dtype
+        parts = [f"{reader.identity} {float(weight).hex()}" for reader, weight in zip(readers, weights, strict=True)]
+        self.identity = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all corpora together."""
+        return int(self._starts[-1])
+
+    def read(self, start: int, count: int) -> TokenArray:
+        """Tokens of one corpus; a stretch that would run into the next is an IndexError."""
+        number = int(np.searchsorted(self._starts, start, side="right")) - 1
+        return self._readers[number].read(start - int(self._starts[number]), count)
 
 
 def stream(folder: str | Path) -> webdataset.WebDataset:
@@ -130,7 +209,7 @@ def check_vocabulary(index: Index, model_vocab: int) -> None:
     """
     if index.vocab_size > model_vocab:
         raise UserError(
-            f"{index.folder}: the tokenizer of these shards ({index.tokenizer.name}) has {index.vocab_size} entries, but"
+            f"{index.location}: the tokenizer of these shards ({index.tokenizer.name}) has {index.vocab_size} entries, but"
             f" model.vocab is {model_vocab}: set model.vocab to at least {index.vocab_size}"
         )
 
@@ -139,6 +218,6 @@ def check_tokenizer(index: Index, name: str, sha256: str) -> None:
     """Refuses a tokenizer file that is not the one the shards were made with."""
     if sha256 != index.tokenizer.sha256:
         raise UserError(
-            f"{name}: SHA-256 {sha256} is not the tokenizer of {index.folder}"
+            f"{name}: SHA-256 {sha256} is not the tokenizer of {index.location}"
             f" ({index.tokenizer.name}, SHA-256 {index.tokenizer.sha256})"
         )

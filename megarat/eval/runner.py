@@ -16,6 +16,7 @@ import megarat
 from megarat.checkpoint import load as checkpoints
 from megarat.data.loader import evaluation_batches
 from megarat.data.reader import TokenReader, check_vocabulary
+from megarat.data.store import join
 from megarat.errors import UserError
 from megarat.eval.perplexity import PatternScore, score_patterns
 from megarat.infer.load import LoadedModel, load
@@ -52,7 +53,7 @@ def evaluate(checkpoint: str | Path, settings: EvalSettings) -> dict[str, Any]:
     model = load(checkpoint, patterns[0], settings.device, dtype)
     state = checkpoints.load_state(model.checkpoint)
     length = settings.sequence_length or state.config.data.sequence_length
-    scores = _perplexity(model, patterns, Path(settings.shards or state.config.data.shards), length, settings)
+    scores = _perplexity(model, patterns, settings.shards or state.config.data.primary, length, settings)
     return {
         "schema": RESULTS_SCHEMA,
         "megarat": megarat.__version__,
@@ -66,11 +67,11 @@ def evaluate(checkpoint: str | Path, settings: EvalSettings) -> dict[str, Any]:
 
 
 def _perplexity(
-    model: LoadedModel, patterns: list[PatternSpec], shards: Path, length: int, settings: EvalSettings
+    model: LoadedModel, patterns: list[PatternSpec], shards: str, length: int, settings: EvalSettings
 ) -> list[PatternScore]:
     if settings.split not in SPLITS:
         raise UserError(f"--split: {settings.split!r}; expected {' or '.join(SPLITS)}")
-    reader = TokenReader(shards / settings.split)
+    reader = TokenReader(join(shards, settings.split))
     check_vocabulary(reader.index, model.config.vocab)
     resolved = [model.resolve(pattern) for pattern in patterns]
     batches = evaluation_batches(reader, length, settings.micro_batch, settings.limit_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +13,9 @@ import torch
 from megarat.checkpoint import load as checkpoints
 from megarat.checkpoint.manifest import CheckpointState
 from megarat.checkpoint.save import Snapshot, prune, save
-from megarat.config import Config
-from megarat.data.format import INDEX_NAME, file_sha256
+from megarat.config import Config, ShardsSetting
+from megarat.data.corpus import check_budget, open_corpus
 from megarat.data.loader import Loader
-from megarat.data.plan import Plan, RandomOffsetPlan, ShuffledPlan
-from megarat.data.reader import TokenReader, check_vocabulary
 from megarat.engine import MASTER, Engine, resolve_precision
 from megarat.errors import UserError
 from megarat.mesh import Mesh, start
@@ -49,7 +48,7 @@ class Run:
         named, self.state.optimizer_steps = self.engine.named_state()
         masters = named.pop(MASTER)
         in_fp32 = self.engine.precision == "fp32"
-        tokenizer = Path(self.config.data.shards) / "tokenizer"
+        tokenizer = Path(self.config.data.primary) / "tokenizer"
         self.state.random_state = _random_state()
         snapshot = Snapshot(
             state=self.state,
@@ -67,20 +66,23 @@ def build(config: Config, kind: str, resume: Resume | None, parent: Parent | Non
     """Data, model and engine: in the state of a checkpoint, or new with the weights of ``parent``, or new with random ones."""
     mesh = start(config.run.device)
     precision = resolve_precision(config.train.precision, mesh.device)
-    reader = TokenReader(Path(config.data.shards) / "train")
-    check_vocabulary(reader.index, config.model.vocab)
+    corpus = open_corpus(config)
+    budget = check_budget(config, corpus)
+    if mesh.is_first:
+        print("\n".join(budget), file=sys.stderr)
     loader = Loader(
-        reader,
-        _plan(config, reader),
+        corpus.reader,
+        corpus.plan,
         sequence_length=config.data.sequence_length,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         data_rank=mesh.rank,
         data_size=mesh.world_size,
+        separate_documents=config.data.documents == "separate",
     )
-    data_identity = file_sha256(reader.index.folder / INDEX_NAME)
+    data_identity = corpus.reader.identity
     if resume is not None:
-        _check_resumable(resume.state, precision, data_identity, reader, parent)
+        _check_resumable(resume.state, precision, data_identity, config.data.shards, parent)
     model = RATPlusLM(config.model)
     if resume is None and parent is None:
         model.initialise(config.train.seed)
@@ -99,13 +101,8 @@ def build(config: Config, kind: str, resume: Resume | None, parent: Parent | Non
     return Run(config, mesh, engine, loader, state, resume.folder if resume else None)
 
 
-def _plan(config: Config, reader: TokenReader) -> Plan:
-    kind = RandomOffsetPlan if config.data.order == "random_offsets" else ShuffledPlan
-    return kind(reader.num_tokens, config.data.sequence_length, config.train.seed)
-
-
 def _check_resumable(
-    state: CheckpointState, precision: str, data_identity: str, reader: TokenReader, parent: Parent | None
+    state: CheckpointState, precision: str, data_identity: str, shards: ShardsSetting, parent: Parent | None
 ) -> None:
     if state.precision != precision:
         raise UserError(
@@ -114,7 +111,7 @@ def _check_resumable(
         )
     if state.data_identity != data_identity:
         raise UserError(
-            f"data.shards: {reader.index.folder / INDEX_NAME} is not the data this run was trained on (its hash is "
+            f"data.shards: {shards}: its index.json is not the data this run was trained on (its hash is "
             f"{data_identity[:16]}…, the checkpoint's {state.data_identity[:16]}…); name the shards the run began with"
         )
     if parent is not None and state.parent is not None and state.parent["content"] != parent.provenance["content"]:

@@ -34,7 +34,10 @@ CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 # Keys that change neither the model nor the token stream nor the arithmetic of an update: free between two starts of a run.
 # ``data.shards`` may move; that its content is the same is checked by the hash of its index.
 _FREE_KEYS = frozenset(
-    "run.dir run.device data.shards data.prefetch train.pairs train.micro_batch train.wall_clock_minutes train.max_skipped".split()
+    (
+        "run.dir run.device data.shards data.max_epochs data.cache data.cache_gb data.prefetch "
+        "train.pairs train.micro_batch train.wall_clock_minutes train.max_skipped"
+    ).split()
 )
 _FREE_SECTIONS = ("checkpoint.", "log.", "parallel.")
 _PACKAGES = ("torch", "deepspeed", "triton", "numpy", "webdataset", "tensorboard")

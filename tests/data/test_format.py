@@ -112,7 +112,7 @@ def test_verify_names_every_missing_truncated_and_flipped_shard(corpus: Corpus) 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"version": 2}, "`version` is 2"),
+        ({"version": 3}, "`version` is 3; this megarat reads versions 1 and 2"),
         ({"format": "other"}, "`format`"),
         ({"dtype": "int8"}, "`dtype`"),
         ({"eos_id": 1000}, "`eos_id`"),
