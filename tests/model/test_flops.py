@@ -51,7 +51,7 @@ def test_visible_pairs_count_the_mask(pattern):
         assert visible_pairs(pattern, length) == int(visible(positions, positions, pattern).sum())
 
 
-def attend_visible_keys_only(q_BTHK, k_BTHK, v_BTHK, pattern, *, output_gate_BTHK):
+def attend_visible_keys_only(q_BTHK, k_BTHK, v_BTHK, pattern, *, output_gate_BTHK, document_ids_BT=None):
     """Attention query by query with matrix products over exactly the visible keys, so that a counter sees no hidden pair."""
     length, heads = q_BTHK.shape[1:3]
     per_head = [pattern] * heads if isinstance(pattern, Pattern) else pattern
