@@ -172,6 +172,12 @@ def test_active_recurrence_learning_is_off_at_dilation_one():
         # the mesh
         ({"parallel": {"zero": 0}}, "parallel.zero is 0; use 1, 2 or 3 (stage 0 takes another optimizer in bf16"),
         ({"parallel": {"zero": 4}}, "parallel.zero is 4; use 1, 2 or 3 (DeepSpeed has stages 1, 2 and 3)"),
+        # corpora
+        ({"data": {"shards": {}}}, "data.shards"),
+        ({"data": {"shards": ["a", "b"]}}, "data.shards: found ['a', 'b']; write a folder or URL, or a mapping"),
+        ({"data": {"shards": {"a": 1, "b": 0}}}, "data.shards.b is 0.0; a weight must be greater than 0"),
+        ({"data": {"shards": {"a": "much"}}}, "data.shards.a is 'much'; it must be a finite number"),
+        ({"data": {"max_epochs": -1}}, "data.max_epochs is -1.0; it must not be negative"),
         # what is missing or no section
         ({"run": {"dir": ""}}, "run.dir is missing: Run folder"),
         ({"data": {"shards": ""}}, "data.shards is missing: Folder written by data_tools/build_shards.py"),

@@ -62,12 +62,14 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-def mix(x_TC: np.ndarray, w: dict, stem: str, shape: ModelConfig, per_head: list[Pattern]) -> np.ndarray:
+def mix(x_TC: np.ndarray, w: dict, stem: str, shape: ModelConfig, per_head: list[Pattern], documents: list[int]) -> np.ndarray:
     normed = [rms_norm(x, w[f"{stem}.norm.weight"], shape.norm_eps) for x in x_TC]
     o, q, k, v = (np.array([w[f"{stem}.{letter}.weight"] @ x for x in normed]) for letter in "oqkv")
     if shape.recurrence:
         state_k, state_v = np.zeros(shape.hidden), np.zeros(shape.hidden)
         for t, x in enumerate(normed):
+            if t and documents[t] != documents[t - 1]:
+                state_k, state_v = np.zeros(shape.hidden), np.zeros(shape.hidden)
             gate = sigmoid(w[f"{stem}.g.weight"] @ x)
             state_k = gate * state_k + (1 - gate) * k[t]
             state_v = gate * state_v + (1 - gate) * v[t]
@@ -79,17 +81,20 @@ def mix(x_TC: np.ndarray, w: dict, stem: str, shape: ModelConfig, per_head: list
         keys = [rotate(k[t, rows], t, shape.rope_base) for t in range(len(x_TC))]
         for i in range(len(x_TC)):
             query = rotate(q[i, rows], i, shape.rope_base)
-            seen = [j for j in range(len(x_TC)) if is_visible(i, j, pattern)]
+            seen = [j for j in range(len(x_TC)) if is_visible(i, j, pattern) and documents[i] == documents[j]]
             weights = np.exp(np.array([query @ keys[j] for j in seen]) / math.sqrt(size))
             mixed[i, rows] = sum(weight * v[j, rows] for weight, j in zip(weights / weights.sum(), seen, strict=True))
     return np.array([w[f"{stem}.out.weight"] @ row for row in mixed * sigmoid(o)])
 
 
-def forward(ids: list[int], w: dict, shape: ModelConfig, per_layer: list[list[Pattern]]) -> np.ndarray:
-    """Logits (T, V) of one sequence."""
+def forward(
+    ids: list[int], w: dict, shape: ModelConfig, per_layer: list[list[Pattern]], documents: list[int] | None = None
+) -> np.ndarray:
+    """Logits (T, V) of one sequence; ``documents`` numbers the document of each token, None is one document."""
+    documents = documents or [0] * len(ids)
     x_TC = w["embedding.weight"][ids]
     for layer, per_head in enumerate(per_layer):
-        x_TC = x_TC + mix(x_TC, w, f"layers.{layer}.mixer", shape, per_head)
+        x_TC = x_TC + mix(x_TC, w, f"layers.{layer}.mixer", shape, per_head, documents)
         ffn = f"layers.{layer}.ffn"
         normed = [rms_norm(x, w[f"{ffn}.norm.weight"], shape.norm_eps) for x in x_TC]
         x_TC = x_TC + np.array([w[f"{ffn}.down.weight"] @ gelu(w[f"{ffn}.up.weight"] @ x) for x in normed])
@@ -150,6 +155,24 @@ def test_logits_equal_an_independent_forward_in_float64(spec, recurrence):
     per_layer = [list(layer.per_head) for layer in patterns]
     expected = [forward(row, logical_weights(model), model.config, per_layer) for row in ids.tolist()]
     assert logits.dtype == np.float64
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("recurrence", [True, False])
+@pytest.mark.parametrize(
+    "spec", ["dense", "D=4", "D=5,W=3,I=2", "D=-1,W=4,I=3", [["D=2", "dense", "D=-1,W=5"], "D=7,I=12"]], ids=str
+)
+def test_documents_kept_apart_equal_the_independent_forward(spec, recurrence):
+    model = build(recurrence)
+    patterns = resolve(spec, SHAPE.layers, SHAPE.heads)
+    ids = torch.randint(0, SHAPE.vocab, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    documents = torch.tensor([[0] * 7 + [1] * 1 + [2] * 10 + [3] * 5, [0] * 23])
+    with torch.no_grad():
+        logits = model(ids, patterns, document_ids_BT=documents).numpy()
+        assert not np.allclose(logits[0], model(ids, patterns)[0].numpy(), atol=1e-2)
+    per_layer = [list(layer.per_head) for layer in patterns]
+    rows = zip(ids.tolist(), documents.tolist(), strict=True)
+    expected = [forward(row, logical_weights(model), model.config, per_layer, numbers) for row, numbers in rows]
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-10)
 
 
