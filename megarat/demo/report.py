@@ -81,8 +81,8 @@ def _markdown(story: Story, pretrain: list[dict[str, Any]]) -> str:
         "",
         "## Text from the sparse cache",
         "",
-        *(f"> **{prompt}**{' '.join(text.split())}\n" for prompt, text in story.samples),
-        "A model this small, trained for minutes, writes no sense; what the demo shows is that every step of its life works.",
+        *(f"> **{prompt}** {' '.join(text.split())}\n" for prompt, text in story.samples),
+        "A model trained for minutes writes little sense; what the demo shows is that every step of its life works.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -131,6 +131,7 @@ def plot_perplexity(before: dict[str, Any], after: dict[str, Any], path: Path) -
             fontsize=8,
         )
     axis.set(xscale="log", xlabel="KV cache per sequence (KiB)", ylabel="held-out perplexity")
+    axis.margins(x=0.15, y=0.1)  # room for the labels
     axis.grid(**_GRID)
     axis.legend(frameon=False)
     figure.tight_layout()
