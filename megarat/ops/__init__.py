@@ -5,7 +5,7 @@ the references everywhere (see `ops.dispatch`).
 """
 
 from megarat.ops.cross_entropy import Statistics, linear_cross_entropy, partial_statistics
-from megarat.ops.decode_attention import cache_slots, cache_write, decode_attention, gate_step
+from megarat.ops.decode_attention import cache_slots, cache_write, decode_attention, decode_step, gate_step
 from megarat.ops.dilated_attention import dilated_attention, visible
 from megarat.ops.gated_scan import ScanState, gated_scan
 from megarat.ops.rms_norm import rms_norm
@@ -18,6 +18,7 @@ __all__ = [
     "cache_slots",
     "cache_write",
     "decode_attention",
+    "decode_step",
     "dilated_attention",
     "gate_step",
     "gated_scan",

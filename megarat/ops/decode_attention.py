@@ -67,14 +67,12 @@ def decode_attention(
     pattern: PatternLike,
     *,
     scale: float | None = None,
-    backend: str | None = None,
 ) -> Tensor:
     """Attention of the current token of each sequence, (B, H, K) in q's dtype.
 
     q, k, v: the current token's, q and k rotated; k and v need not be in the cache yet. k_cache, v_cache: (B, H, S, K), S from
     `cache_slots`. lengths_B: int64 on the same device. scale: K ** -0.5 by default. Inference only: no gradient is defined.
     """
-    choose_backend("decode_attention", backend, q_BHK, "no kernel is built for it")
     scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
     compute = state_dtype(q_BHK.dtype)
     q_BHK_ = q_BHK.to(compute) * scale
@@ -129,3 +127,57 @@ def gate_step(
     )
     rotated_BHK = apply_rotary(new.k_BHK, cos, sin)
     return rotated_BHK.to(k_BHK.dtype), new.v_BHK.to(v_BHK.dtype), new
+
+
+def decode_step(
+    q_BHK: Tensor,
+    k_BHK: Tensor,
+    v_BHK: Tensor,
+    g_BHK: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    state: ScanState,
+    k_cache_BHSK: Tensor,
+    v_cache_BHSK: Tensor,
+    lengths_B: Tensor,
+    pattern: PatternLike,
+    *,
+    output_gate_BHK: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Everything between the input and the output projection of one decode step, in one or two launches: (B, H, K) in q's dtype.
+
+    q, k, v, g, output gate: the current token's projections, not rotated; any stride over B. cos, sin: fp32 tables of all positions,
+    contiguous (T, R); row lengths_B[b] is taken. state (fp32) and caches (contiguous) are updated in place; lengths_B is not: add one
+    after the last layer. scale: K ** -0.5 by default. backend: "triton", "reference" or None to choose (see ops.dispatch).
+
+    It is gate_step, rotary of q, decode_attention, the output gate and cache_write, and safe inside a CUDA graph. Inference only.
+    """
+    pattern = check_pattern(pattern)
+    scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
+    unsupported = _unsupported(q_BHK, k_BHK, v_BHK, g_BHK, k_cache_BHSK)
+    if choose_backend("decode_step", backend, q_BHK, unsupported) == "triton":
+        from megarat.ops.kernels.decode_attention import launch_step
+
+        caches = (k_cache_BHSK, v_cache_BHSK, lengths_B)
+        return launch_step(q_BHK, k_BHK, v_BHK, g_BHK, output_gate_BHK, cos_TR, sin_TR, state, *caches, pattern, scale)
+    cos_BR, sin_BR = cos_TR[lengths_B], sin_TR[lengths_B]
+    own_k_BHK, own_v_BHK, new = gate_step(k_BHK, v_BHK, g_BHK, state, cos_BR, sin_BR)
+    q_BHK = apply_rotary(q_BHK, cos_BR, sin_BR)
+    out_BHK = decode_attention(q_BHK, own_k_BHK, own_v_BHK, k_cache_BHSK, v_cache_BHSK, lengths_B, pattern, scale=scale)
+    cache_write(k_cache_BHSK, v_cache_BHSK, own_k_BHK, own_v_BHK, lengths_B, pattern)
+    state.k_BHK.copy_(new.k_BHK)
+    state.v_BHK.copy_(new.v_BHK)
+    return out_BHK if output_gate_BHK is None else out_BHK * torch.sigmoid(output_gate_BHK)
+
+
+def _unsupported(q_BHK: Tensor, k_BHK: Tensor, v_BHK: Tensor, g_BHK: Tensor, k_cache_BHSK: Tensor) -> str | None:
+    """Why the kernels cannot serve these inputs, or None."""
+    if q_BHK.dtype == torch.float64:
+        return "the inputs are float64"
+    if q_BHK.shape[-1] not in (16, 32, 64, 128):
+        return f"the head size {q_BHK.shape[-1]} is none of 16, 32, 64 and 128"
+    if any(x.stride()[1:] != (x.shape[-1], 1) for x in (q_BHK, k_BHK, v_BHK, g_BHK)) or not k_cache_BHSK.is_contiguous():
+        return "the heads of an input, or the cache, are not contiguous"
+    return None

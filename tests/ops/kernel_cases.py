@@ -15,7 +15,17 @@ import os
 import pytest
 import torch
 
-from megarat.ops import ScanState, Statistics, dilated_attention, gated_scan, linear_cross_entropy, rotary_tables
+from megarat.ops import (
+    ScanState,
+    Statistics,
+    apply_rotary,
+    cache_slots,
+    decode_step,
+    dilated_attention,
+    gated_scan,
+    linear_cross_entropy,
+    rotary_tables,
+)
 from megarat.ops.cross_entropy import linear_cross_entropy_ref
 from megarat.ops.dilated_attention import dilated_attention_ref
 from megarat.ops.gated_scan import gated_scan_ref
@@ -256,3 +266,44 @@ def joiner(x, other_weight, labels, vocab_start, chunk):
         return Statistics(top, sum_exp, mine.target + theirs.target)
 
     return combine
+
+
+# --- decode step --------------------------------------------------------------------------------------------------------------
+DECODE_PATTERNS = [(4, 0, 0), (5, 7, 3), (-1, 6, 2), (1, 0, 0), (64, 0, 0), (3, 4, 9)]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("pattern", DECODE_PATTERNS, ids=str)
+def test_decoding_step_by_step_equals_the_full_forward_for_rows_of_different_lengths(pattern, splits, monkeypatch):
+    """Two rows, the second padded by 5 on the left of time: it starts 5 steps later. Slots never written hold NaN."""
+    length, heads, channels = 30, 2, 16
+    monkeypatch.setattr("megarat.ops.kernels.decode_attention.PROGRAMS", splits * 2 * heads)
+    monkeypatch.setattr("megarat.ops.kernels.decode_attention.TILE", (4, 4, 2))
+    q, k, v, g, gate = torch.randn(2, length, 5, heads, channels, device=DEVICE).unbind(2)
+    cos, sin = rotary_tables(torch.arange(length, device=DEVICE), channels)
+    wide = [x.double() for x in (q, k, v, g, gate)]
+    k_all, v_all, _ = gated_scan_ref(*wide[1:4], cos.double(), sin.double())
+    q_all = apply_rotary(wide[0], cos.double(), sin.double())
+    expected = dilated_attention_ref(q_all, k_all, v_all, pattern)[0] * torch.sigmoid(wide[4])
+
+    slots = cache_slots(pattern, length)
+    caches = torch.full((2, 2, heads, slots, channels), float("nan"), device=DEVICE)
+    state = ScanState(*torch.zeros(2, 2, heads, channels, device=DEVICE))
+    rows = torch.arange(2, device=DEVICE)
+    lengths, late = torch.zeros(2, dtype=torch.int64, device=DEVICE), torch.tensor([0, 5], device=DEVICE)
+    found = torch.zeros_like(expected)
+    for step in range(length + 5):
+        now = (step - late).clamp(0, length - 1)
+        if step == 5:  # the second row starts afresh
+            for x in (*state, caches[0], caches[1]):
+                x[1] = 0.0 if x.dim() == 3 else float("nan")
+            lengths[1] = 0
+        token = [x[rows, now].contiguous() for x in (q, k, v, g)]
+        where = torch.minimum(lengths, torch.tensor(length - 1, device=DEVICE))
+        out = decode_step(
+            *token, cos, sin, state, *caches, where, pattern, output_gate_BHK=gate[rows, now].contiguous(), backend="triton"
+        )
+        active = (step - late >= 0) & (step - late < length)
+        found[rows[active], now[active]] = out[active].double()
+        lengths += 1
+    assert relative_error(found, expected) < 5e-6
