@@ -1,0 +1,366 @@
+"""What is measured: operations at the shapes of the 1.5B model, their floors, their targets, and what else could do the work.
+
+A case builds its tensors on demand and yields implementations, ours first. Floors are counted, not measured: the bytes that must cross
+memory (each input once, each output once) and the FLOPs on the visible pairs, over the ceilings measured in the same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from megarat.ops import (
+    ScanState,
+    cache_slots,
+    decode_step,
+    dilated_attention,
+    gated_scan,
+    linear_cross_entropy,
+    rms_norm,
+    rotary_tables,
+)
+from megarat.ops.cross_entropy import linear_cross_entropy_ref
+from megarat.ops.dilated_attention import far_positions
+
+HEADS, CHANNELS = 16, 128
+BF16 = 2  # bytes
+
+
+@dataclass
+class Case:
+    """One line of the table. `build` returns named implementations; each returns what `error` compares with the oracle."""
+
+    op: str
+    shape: str
+    bytes_moved: float
+    flop: float
+    build: Callable[[], dict[str, Callable[[], object]]]
+    accept_ms: float | None = None
+    aim_ms: float | None = None
+    error: Callable[[], float] | None = None
+    tags: set[str] = field(default_factory=set)
+
+
+def relative_error(x: torch.Tensor, oracle: torch.Tensor) -> float:
+    return float((x.double() - oracle).norm() / oracle.norm())
+
+
+def pattern_label(pattern: tuple[int, int, int]) -> str:
+    dilation, window, initial = pattern
+    return "dense" if pattern == (1, 0, 0) else f"D={dilation},W={window},I={initial}"
+
+
+def projections(count: int, batch: int, length: int) -> tuple[torch.Tensor, ...]:
+    return torch.randn(batch, length, count, HEADS, CHANNELS, device="cuda", dtype=torch.bfloat16).unbind(2)
+
+
+# --- gated scan ---------------------------------------------------------------------------------------------------------------
+
+
+def scan_case(batch: int, length: int, backward: bool, accept: float | None, aim: float | None) -> Case:
+    elements = batch * length * HEADS * CHANNELS
+    name = "gated_scan backward" if backward else "gated_scan forward"
+
+    def build() -> dict[str, Callable[[], object]]:
+        k, v, g = projections(3, batch, length)
+        cos, sin = rotary_tables(torch.arange(length, device="cuda"), CHANNELS)
+        if not backward:
+            peer = compiled_associative_scan()
+            return {
+                "megarat": lambda: gated_scan(k, v, g, cos, sin),
+                "torch associative_scan, compiled": lambda: peer(k, v, g, cos, sin),
+            }
+        inputs = [x.detach().requires_grad_() for x in (k, v, g)]
+        outputs = gated_scan(*inputs, cos, sin)[:2]
+        grads = [torch.randn_like(x) for x in outputs]
+        return {"megarat": lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)}
+
+    return Case(
+        name, f"B={batch} T={length} C=2048", elements * (16 if backward else 10), 0.0, build, accept, aim,
+        lambda: scan_error(batch, length), {"scan"},
+    )  # fmt: skip
+
+
+def scan_error(batch: int, length: int) -> float:
+    """Worst relative error of outputs (over 4e-3) and gradients (over 1e-2) against float64, on one row and two heads."""
+    k, v, g = (x[:1, :, :2].detach().requires_grad_() for x in projections(3, batch, length))
+    wide = [x.detach().double().requires_grad_() for x in (k, v, g)]
+    cos, sin = rotary_tables(torch.arange(length, device="cuda"), CHANNELS)
+    found, expected = gated_scan(k, v, g, cos, sin)[:2], gated_scan(*wide, cos, sin, backend="reference")[:2]
+    grads = [torch.randn_like(x) for x in found]
+    found_d = torch.autograd.grad(found, (k, v, g), grads)
+    expected_d = torch.autograd.grad(expected, wide, [x.double() for x in grads])
+    return worst(found, expected, found_d, expected_d)
+
+
+def worst(found, expected, found_d, expected_d) -> float:
+    """Largest error in units of its tolerance: 4e-3 for outputs, 1e-2 for gradients; at most 1 passes."""
+    outputs = max(relative_error(x, y) for x, y in zip(found, expected, strict=True)) / 4e-3
+    return max(outputs, max(relative_error(x, y) for x, y in zip(found_d, expected_d, strict=True)) / 1e-2)
+
+
+def compiled_associative_scan() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """The same scan as torch composes it: fp32 gate, (1 - gate) x for k and v side by side, associative_scan, rotary, casts."""
+    from torch._higher_order_ops.associative_scan import associative_scan
+
+    from megarat.ops import apply_rotary
+
+    def combine(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    def scan(k, v, g, cos, sin):
+        gate = torch.sigmoid(g.float())
+        x = (1 - gate).repeat(1, 1, 1, 2) * torch.cat((k, v), dim=-1).float()
+        _, state = associative_scan(combine, (gate.repeat(1, 1, 1, 2), x), dim=1, combine_mode="pointwise")
+        k_out, v_out = state.chunk(2, dim=-1)
+        return apply_rotary(k_out, cos, sin).to(k.dtype), v_out.to(v.dtype)
+
+    return torch.compile(scan, dynamic=False)
+
+
+# --- dilated attention --------------------------------------------------------------------------------------------------------
+
+
+def visible_pairs(length: int, pattern: tuple[int, int, int]) -> int:
+    """Exact number of visible (query, key) pairs of one head."""
+    dilation, window, initial = pattern
+    lo = (torch.arange(length) - window).clamp_min(0)
+    far = torch.minimum(lo, torch.tensor(initial)) + (lo // dilation - initial // dilation).clamp_min(0)
+    return int((far + torch.arange(length) - lo + 1).sum())
+
+
+def attention_case(
+    batch: int, length: int, pattern: tuple[int, int, int], backward: bool, accept: float | None, aim: float | None
+) -> Case:
+    elements = batch * length * HEADS * CHANNELS
+    flop = 4.0 * CHANNELS * HEADS * batch * visible_pairs(length, pattern)
+    label = pattern_label(pattern)
+    name = f"dilated_attention {'backward' if backward else 'forward'}"
+
+    def build() -> dict[str, Callable[[], object]]:
+        q, k, v, dout = projections(4, batch, length)
+        implementations = {"megarat": lambda q, k, v: dilated_attention(q, k, v, pattern)}
+        implementations.update(attention_peers(length, pattern))
+        return {name: differentiated(run, q, k, v, dout, backward) for name, run in implementations.items()}
+
+    return Case(
+        name, f"B={batch} T={length} {label}", elements * BF16 * (8 if backward else 4), flop * (2.5 if backward else 1.0), build,
+        accept, aim, lambda: attention_error(length, pattern, with_gradients=length <= 4096), {"attention"},
+    )  # fmt: skip
+
+
+def differentiated(run, q, k, v, dout, backward: bool) -> Callable[[], object]:
+    """The forward of an attention, or its backward alone; the forward is made on first use."""
+    if not backward:
+        return lambda: run(q, k, v)
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    made: list[torch.Tensor] = []
+
+    def call() -> object:
+        if not made:
+            made.append(run(*inputs))
+        return torch.autograd.grad(made[0], inputs, dout, retain_graph=True)
+
+    return call
+
+
+def attention_error(length: int, pattern: tuple[int, int, int], with_gradients: bool) -> float:
+    """Worst error in units of tolerance against float64, on one row and one head."""
+    q, k, v = (x[:, :, :1].detach().requires_grad_(with_gradients) for x in projections(3, 1, length))
+    wide = [x.detach().double().requires_grad_(with_gradients) for x in (q, k, v)]
+    found = dilated_attention(q, k, v, pattern)
+    expected = dilated_attention(*wide, pattern, backend="reference")
+    if not with_gradients:
+        return relative_error(found, expected) / 4e-3
+    dout = torch.randn_like(found)
+    found_d = torch.autograd.grad(found, (q, k, v), dout)
+    return worst([found], [expected], found_d, torch.autograd.grad(expected, wide, dout.double()))
+
+
+def attention_peers(length: int, pattern: tuple[int, int, int]) -> dict[str, Callable[..., torch.Tensor]]:
+    """Dense attention by torch's backends, and flex_attention with the same mask in one call, or two calls merged."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def dense(backend):
+        def run(q, k, v):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
+
+        return run
+
+    peers = {"cuDNN SDPA, dense": dense(SDPBackend.CUDNN_ATTENTION)}
+    if length <= 4096:
+        peers["Flash SDPA, dense"] = dense(SDPBackend.FLASH_ATTENTION)
+        if pattern != (1, 0, 0):
+            peers["flex_attention, one masked call"] = flex_whole(length, pattern)
+            peers["flex_attention, two calls merged"] = flex_merged(length, pattern)
+    return peers
+
+
+def flex_whole(length: int, pattern: tuple[int, int, int]) -> Callable[..., torch.Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    dilation, window, initial = pattern
+
+    def mask(b, h, i, j):
+        return (j <= i) & ((i - j <= window) | (j < initial) | ((j + 1) % dilation == 0))
+
+    blocks = create_block_mask(mask, None, None, length, length, device="cuda")
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=blocks).transpose(1, 2)
+
+
+def flex_merged(length: int, pattern: tuple[int, int, int]) -> Callable[..., torch.Tensor]:
+    """Far keys gathered into their own call, window and own key in another, joined by their log-sum-exps; masks made once."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    _, window, _ = pattern
+    far = far_positions(length, pattern, "cuda")
+    far_blocks = create_block_mask(lambda b, h, i, j: far[j] < i - window, None, None, length, len(far), device="cuda")
+    near_blocks = create_block_mask(lambda b, h, i, j: (j <= i) & (i - j <= window), None, None, length, length, device="cuda")
+
+    def run(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out_far, lse_far = flex_attention(q, k[:, :, far], v[:, :, far], block_mask=far_blocks, return_lse=True)
+        out_near, lse_near = flex_attention(q, k, v, block_mask=near_blocks, return_lse=True)
+        weight = torch.sigmoid(lse_near - lse_far)[..., None].to(q.dtype)
+        return (out_far * (1 - weight) + out_near * weight).transpose(1, 2)
+
+    return torch.compile(run, dynamic=False)
+
+
+# --- decode -------------------------------------------------------------------------------------------------------------------
+
+
+def decode_case(batch: int, length: int, pattern: tuple[int, int, int], accept: float | None, aim: float | None) -> Case:
+    """One whole decode step of the 1.5B model (24 layers, vocabulary 32000) replayed as a CUDA graph."""
+    layers, hidden, vocabulary = 24, HEADS * CHANNELS, 32000
+    dilation, window, initial = pattern
+    seen = initial + window + length // dilation
+    parameters = layers * 14 * hidden**2 + vocabulary * hidden
+    moved = BF16 * parameters + layers * batch * hidden * (2 * BF16 * seen + 16)
+    label = pattern_label(pattern)
+    return Case(
+        "decode step, 1.5B", f"B={batch} T={length} {label}", moved, 2.0 * parameters * batch,
+        lambda: {"megarat": decode_graph(layers, hidden, vocabulary, batch, length, pattern)}, accept, aim,
+        lambda: decode_error(pattern), {"decode"},
+    )  # fmt: skip
+
+
+def decode_graph(
+    layers: int, hidden: int, vocabulary: int, batch: int, length: int, pattern: tuple[int, int, int]
+) -> Callable[[], object]:
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * 0.02
+
+    slots = cache_slots(pattern, length)
+    cos, sin = rotary_tables(torch.arange(length, device="cuda"), CHANNELS)
+    lengths = torch.full((batch,), length - 1, device="cuda")
+    ones = torch.ones(hidden, device="cuda", dtype=torch.bfloat16)
+    embedding, ids = weight(vocabulary, hidden), torch.randint(0, vocabulary, (batch,), device="cuda")
+    stack = [
+        (
+            weight(5 * hidden, hidden), weight(hidden, hidden), weight(4 * hidden, hidden), weight(hidden, 4 * hidden),
+            ScanState(*torch.randn(2, batch, HEADS, CHANNELS, device="cuda")),
+            torch.empty(2, batch, HEADS, slots, CHANNELS, device="cuda", dtype=torch.bfloat16).normal_(),
+        )
+        for _ in range(layers)
+    ]  # fmt: skip
+
+    def step() -> torch.Tensor:
+        x = F.embedding(ids, embedding)
+        for in_proj, out_proj, up, down, state, cache in stack:
+            o, q, k, v, g = F.linear(rms_norm(x, ones), in_proj).view(batch, 5, HEADS, CHANNELS).unbind(1)
+            mixed = decode_step(q, k, v, g, cos, sin, state, cache[0], cache[1], lengths, pattern, output_gate_BHK=o)
+            x = x + F.linear(mixed.flatten(1), out_proj)
+            x = x + F.linear(F.gelu(F.linear(rms_norm(x, ones), up)), down)
+        return F.linear(rms_norm(x, ones), embedding).argmax(dim=-1)
+
+    with torch.no_grad():
+        for _ in range(2):
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+    return graph.replay
+
+
+def decode_error(pattern: tuple[int, int, int]) -> float:
+    """One step after 1000 random tokens in the cache, against float64, in units of 4e-3."""
+    batch, length = 3, 1001
+    q, k, v, g = torch.randn(4, batch, HEADS, CHANNELS, device="cuda", dtype=torch.bfloat16)
+    cos, sin = rotary_tables(torch.arange(length, device="cuda"), CHANNELS)
+    state = ScanState(*torch.randn(2, batch, HEADS, CHANNELS, device="cuda"))
+    caches = torch.randn(2, batch, HEADS, cache_slots(pattern, length), CHANNELS, device="cuda", dtype=torch.bfloat16)
+    lengths = torch.tensor([1000, 17, 640], device="cuda")
+    wide_state = ScanState(*(x.double() for x in state))
+    wide = decode_step(
+        *(x.double() for x in (q, k, v, g)), cos, sin, wide_state, *caches.double(), lengths, pattern, backend="reference"
+    )
+    return relative_error(decode_step(q, k, v, g, cos, sin, state, *caches, lengths, pattern), wide) / 4e-3
+
+
+# --- cross entropy and norm ---------------------------------------------------------------------------------------------------
+
+
+def cross_entropy_case(rows: int, entries: int, accept: float, aim: float) -> Case:
+    hidden = HEADS * CHANNELS
+
+    def build() -> dict[str, Callable[[], object]]:
+        x = torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight = (0.02 * torch.randn(entries, hidden, device="cuda", dtype=torch.bfloat16)).requires_grad_()
+        labels = torch.randint(0, entries, (rows,), device="cuda")
+        return {
+            "megarat": lambda: torch.autograd.grad(linear_cross_entropy(x, weight, labels)[0], (x, weight)),
+            "torch, float logits": lambda: torch.autograd.grad(F.cross_entropy((x @ weight.T).float(), labels), (x, weight)),
+        }
+
+    moved = BF16 * (2 * rows * hidden + 2 * entries * hidden)
+    return Case(
+        "linear + cross entropy, both ways", f"N={rows} C={hidden} V={entries}", moved, 6.0 * rows * hidden * entries, build, accept,
+        aim, lambda: cross_entropy_error(entries), {"loss", "memory"},
+    )  # fmt: skip
+
+
+def cross_entropy_error(entries: int) -> float:
+    x = torch.randn(4096, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (0.05 * torch.randn(entries, 256, device="cuda", dtype=torch.bfloat16)).requires_grad_()
+    labels = torch.randint(0, entries, (4096,), device="cuda")
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    found, expected = linear_cross_entropy(x, weight, labels)[0], linear_cross_entropy_ref(*wide, labels)
+    return worst([found], [expected], torch.autograd.grad(found, (x, weight)), torch.autograd.grad(expected, wide))
+
+
+def rms_norm_case(rows: int) -> Case:
+    hidden = HEADS * CHANNELS
+
+    def build() -> dict[str, Callable[[], object]]:
+        x = torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16)
+        weight = torch.ones(hidden, device="cuda", dtype=torch.bfloat16)
+        return {"megarat": lambda: rms_norm(x, weight), "torch rms_norm": lambda: F.rms_norm(x, (hidden,), weight, 1e-6)}
+
+    return Case("rms_norm forward", f"N={rows} C={hidden}", 2.0 * BF16 * rows * hidden, 0.0, build, tags={"norm"})
+
+
+def all_cases() -> Iterator[Case]:
+    """The table of the README, in order."""
+    yield scan_case(8, 4096, False, 0.226, 0.187)
+    yield scan_case(8, 4096, True, 0.375, 0.312)
+    yield scan_case(1, 131072, False, 1.0, 0.78)
+    for pattern, accept, aim in (((64, 0, 0), (0.20, 0.45), (0.162, 0.35)), ((16, 256, 4), (0.40, 1.6), (0.30, 1.1))):
+        yield attention_case(8, 4096, pattern, False, accept[0], aim[0])
+        yield attention_case(8, 4096, pattern, True, accept[1], aim[1])
+    yield attention_case(8, 4096, (16, 0, 0), False, None, None)
+    yield attention_case(8, 4096, (16, 0, 0), True, None, None)
+    yield attention_case(8, 4096, (1, 0, 0), False, None, None)
+    yield attention_case(1, 131072, (16, 0, 0), False, 14.0, 11.0)
+    yield attention_case(1, 131072, (64, 0, 0), False, 6.0, 3.5)
+    yield decode_case(64, 4096, (1, 0, 0), 17.0, 15.0)
+    yield decode_case(64, 4096, (16, 256, 0), 4.4, 3.4)
+    yield decode_case(64, 4096, (64, 0, 0), 1.8, 1.4)
+    yield cross_entropy_case(32768, 32000, 21.5, 19.5)
+    yield rms_norm_case(32768)
