@@ -39,19 +39,19 @@ $(VENV)/.torch:
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.version.cuda)' 2>/dev/null; then \
 	  echo "keeping the installed CUDA torch"; $(PYTHON) -m venv --system-site-packages $(VENV); \
 	else \
-	  echo "installing $(TORCH)"; $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH) 'numpy<2.4'; \
+	  echo "installing $(TORCH)"; $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -qq --disable-pip-version-check $(TORCH) 'numpy<2.4'; \
 	fi
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch requirements.txt setup.py
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.version.cuda)'; then \
 	  grep -v '^triton' requirements.txt > $(VENV)/requirements.txt; else cp requirements.txt $(VENV)/requirements.txt; fi
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r $(VENV)/requirements.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -r $(VENV)/requirements.txt
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-test.txt
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-test.txt
 	@touch $@
 
 clean:
