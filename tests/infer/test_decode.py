@@ -77,9 +77,11 @@ def test_prefill_and_decode_equal_the_full_forward_of_sharp_float64_weights(spec
     assert worst_error(sharp_model(recurrence), spec, LENGTHS, STEPS) < 1e-11
 
 
-def test_every_prompt_length_around_the_edges_of_a_pattern():
-    """D = 4, W = 3, I = 6: prompts from one token to past two blocks behind the initial tokens and the window."""
-    assert worst_error(sharp_model(True), "D=4,W=3,I=6", tuple(range(1, 22)), steps=9) < 1e-11
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("initial", range(9))
+def test_every_prompt_length_around_the_edges_of_a_pattern(window, initial):
+    """D = 4 and every I from 0 to past two blocks, so that its last token is a dilated one, or not; prompts from one token on."""
+    assert worst_error(sharp_model(True), f"D=4,W={window},I={initial}", tuple(range(1, 16)), steps=8) < 1e-11
 
 
 @pytest.mark.parametrize("spec", ["dense", "D=16,W=32,I=4", [["D=2", "D=8,W=3,I=1"], ["dense", "D=16"]]], ids=str)
