@@ -18,6 +18,7 @@ from typing import Any, Literal, Union
 
 import yaml
 
+from megarat import mesh
 from megarat.errors import UserError
 from megarat.model.pattern import Pattern, Patterns, PatternSpec, resolve
 
@@ -153,6 +154,9 @@ class ParallelConfig:
     pipeline: int = setting(1, "Pipeline stages.")
     context: int = setting(1, "Ranks that share each sequence.")
     zero: int = setting(1, "DeepSpeed ZeRO stage 1, 2 or 3.")
+    sequence: bool = setting(
+        False, "Norms and residual stream on 1/`tensor` of each sequence (Megatron's sequence parallelism): less memory, the same traffic."
+    )
 
 
 @dataclass
@@ -251,7 +255,7 @@ def validate(config: Config, source: str = "config") -> None:
     _validate_shape(config.model, source)
     _validate_batches(config, source)
     _validate_optimizer(config.optim, source)
-    _validate_mesh(config, source)
+    mesh.check(config, source=source)
     try:
         _ = config.patterns, config.sparse_patterns
     except UserError as error:
@@ -292,20 +296,6 @@ def _validate_optimizer(optim: OptimConfig, source: str) -> None:
             raise UserError(f"{source}: optim.{key} is {getattr(optim, key)}; it must lie in [0, 1)")
     if optim.schedule == "cosine" and optim.min_lr > optim.lr:
         raise UserError(f"{source}: optim.min_lr = {optim.min_lr} is above the peak optim.lr = {optim.lr}")
-
-
-def _validate_mesh(config: Config, source: str) -> None:
-    parallel = config.parallel
-    if parallel.zero not in (1, 2, 3):
-        why = (
-            "stage 0 takes another optimizer in bf16 and clips with a wrong norm under pipelines"
-            if parallel.zero == 0
-            else "DeepSpeed has stages 1, 2 and 3"
-        )
-        raise UserError(f"{source}: parallel.zero is {parallel.zero}; use 1, 2 or 3 ({why})")
-    for key in ("tensor", "pipeline", "context"):
-        if getattr(parallel, key) != 1:
-            raise UserError(f"{source}: parallel.{key} is {getattr(parallel, key)}; this version trains on one process (1)")
 
 
 def get(config: Config, key: str) -> Any:

@@ -11,12 +11,11 @@ Facts about DeepSpeed 0.19 that shaped this file:
   ``DeepSpeedZeroOptimizer_Stage3``. Each keeps its gradients elsewhere, hence ``_gradient_norm`` and ``_drop_gradients``.
 - Older versions assert on a non-finite norm, newer ones skip silently: the norm is looked at here, before ``step`` is called.
 - On CPU ``init_distributed`` compiles a C++ extension that training never uses (needs ninja and a compiler): switched off.
-- Adam's moments exist only after a first step, and ZeRO links them to the parameters then: ``load_named_state`` makes both.
+- Adam's moments exist only after a first step, and ZeRO links them to the parameters then: ``_ensure_moments`` makes both.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import importlib
 import io
@@ -32,9 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from megarat.config import Config, OptimConfig
-from megarat.mesh import Mesh
+from megarat.mesh import MODEL, REPLICAS, TENSOR, Mesh
 from megarat.model import names
 from megarat.model.pattern import Patterns
+from megarat.parallel.fragments import Fragments, cut, gather
 
 # Inputs and labels, and the document of each token where documents are kept apart; (b, T) int64 each; label -100 is ignored.
 MicroBatch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
@@ -62,19 +62,27 @@ class Engine:
         self.mesh = mesh
         self.zero = config.parallel.zero
         self.precision = resolve_precision(config.train.precision, mesh.device)
-        self.micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.world_size)
+        self.micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.shape.data)
         deepspeed = _import_deepspeed(mesh.device)
-        _connect(deepspeed, mesh)
+        deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)
         initial = {name: parameter.data for name, parameter in model.named_parameters()}
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
+        self._pieces = {
+            name: names.pieces(name, tuple(tensor.shape), mesh.place.tensor, mesh.shape.tensor)
+            for name, tensor in initial.items()
+        }
+        self._mpu = _ModelParallelUnit(mesh)
         optimizer = _adamw(_parameter_groups(model, config.optim), config.optim, mesh.device)
         parameters = sum(tensor.numel() for tensor in initial.values())
         settings = _deepspeed_config(config, self.precision, self.micro_batches, parameters)
         with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory use
-            self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=settings, mpu=self._mpu
+            )
         self._adamw = optimizer
         if self.precision == "bf16":  # masters start from the fp32 initialisation, not from its bf16 rounding
-            self._set_full(MASTER, initial)
+            for name, parameter in self.model.named_parameters():
+                flat, first = self._own_part(parameter, MASTER)
+                flat.copy_(initial[name].flatten()[first : first + flat.numel()])
             self._refresh_weights()
 
     @property
@@ -97,7 +105,9 @@ class Engine:
         if len(micro_batches) != self.micro_batches:
             raise ValueError(f"{len(micro_batches)} micro-batches given; the engine was built for {self.micro_batches}")
         loss = self._accumulate(micro_batches, patterns)
-        loss_value, norm = torch.stack([loss, self._gradient_norm()]).tolist()  # one copy to the host
+        figures = torch.stack([loss, self._gradient_norm()])
+        torch.distributed.broadcast(figures, 0)  # all ranks decide alike, whatever their last bits
+        loss_value, norm = figures.tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm)
         if finite:
             for group in self._adamw.param_groups:
@@ -128,7 +138,7 @@ class Engine:
             norm = combine_grad_norm_groups(self._optimizer._get_norm_groups())
         elif self._has_bf16_optimizer:
             gradients, _ = self._optimizer.get_grads_for_norm()
-            norm = get_global_norm_of_tensors(gradients)
+            norm = get_global_norm_of_tensors(gradients, mpu=self._mpu)
         else:
             norm = self._optimizer.scaled_global_norm()
         norm = norm.to(self.mesh.device, torch.float32)
@@ -153,57 +163,69 @@ class Engine:
 
     # ---- state in and out -------------------------------------------------------------------------------------------------
 
-    def named_state(self) -> tuple[NamedState, int]:
-        """fp32 masters and both Adam moments by logical name, on the host, and the number of AdamW steps taken.
+    def state(self) -> dict[str, dict[str, Fragments]]:
+        """This rank's part of the fp32 masters and both Adam moments, by kind and logical name; the moments are zero before a first step.
 
-        ``{"master": {...}, "exp_avg": {...}, "exp_avg_sq": {...}}``; the moments are zero before the first step.
+        All boxes are the optimizer's own memory: after writing into them, call ``adopt``.
         """
         self._ensure_moments()
-        state: NamedState = {kind: {} for kind in STATE_KINDS}
+        state: dict[str, dict[str, Fragments]] = {kind: {} for kind in STATE_KINDS}
         for name, parameter in self.model.named_parameters():
             for kind in STATE_KINDS:
-                state[kind].update(names.split(name, self._get_full(kind, parameter).reshape(self._shapes[name]).cpu()))
-        return state, self._step_count()
+                flat, first = self._own_part(parameter, kind)
+                state[kind] |= cut(flat, first, self._pieces[name], self.mesh.place.tensor)
+        return state
 
-    def load_named_state(self, state: NamedState, steps: int) -> None:
-        """The reverse of ``named_state``: the next update equals the one of the engine that gave the state, bit for bit on a CPU."""
+    def adopt(self, steps: int) -> None:
+        """Go on from what was written into ``state``, after ``steps`` AdamW steps: exactly as the engine that it came from."""
         self._ensure_moments()
-        for kind in STATE_KINDS:
-            self._set_full(kind, self._runtime_tensors(state[kind]))
         self._set_step_count(steps)
         self._refresh_weights()
 
+    def named_state(self) -> tuple[NamedState, int]:
+        """The whole of ``state``, gathered on every rank's host, and the number of AdamW steps taken: for small models."""
+        whole = {kind: gather(held, torch.distributed.group.WORLD) for kind, held in self.state().items()}
+        return whole, self.steps
+
+    def load_named_state(self, state: NamedState, steps: int) -> None:
+        """The reverse of ``named_state``: the next update equals the one of the engine that gave the state, bit for bit on a CPU."""
+        for kind, held in self.state().items():
+            for name, fragments in held.items():
+                fragments.fill(state[kind][name])
+        self.adopt(steps)
+
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Set masters and model from tensors by logical name, of any float dtype; the optimizer stays fresh."""
-        self._set_full(MASTER, self._runtime_tensors(weights))
-        self._refresh_weights()
+        for name, fragments in self.state()[MASTER].items():
+            fragments.fill(weights[name])
+        self.adopt(0)
+
+    def gradients(self, micro_batches: Sequence[MicroBatch], patterns: Patterns) -> dict[str, Tensor]:
+        """Gradients of the mean loss over micro-batches and ranks, by logical name, whole on every rank's host; nothing is updated."""
+        from deepspeed.utils import safe_get_full_grad
+
+        self._accumulate(micro_batches, patterns)
+        parts: dict[str, Fragments] = {}
+        for name, parameter in self.model.named_parameters():
+            parts |= cut(safe_get_full_grad(parameter).flatten(), 0, self._pieces[name], self.mesh.place.tensor)
+        self._drop_gradients()
+        return gather(parts, torch.distributed.group.WORLD)
 
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Logical tensors of the model and their shapes."""
-        shapes = {}
-        for name, shape in self._shapes.items():
-            pieces = names.logical_names(name, shape)
-            shapes.update(dict.fromkeys(pieces, (shape[0] // len(pieces), *shape[1:])))
-        return shapes
+        """Logical tensors of the whole model and their shapes."""
+        return {piece.name: piece.whole for pieces in self._pieces.values() for piece in pieces}
 
-    def _runtime_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: names.join(name, shape, tensors) for name, shape in self._shapes.items()}
-
-    def _get_full(self, kind: str, parameter: nn.Parameter) -> Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        full: Tensor = safe_get_full_fp32_param(parameter) if kind == MASTER else safe_get_full_optimizer_state(parameter, kind)
-        return full
-
-    def _set_full(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        for name, parameter in self.model.named_parameters():
-            value = tensors[name].to(self.mesh.device, torch.float32)
-            if kind == MASTER:
-                safe_set_full_fp32_param(parameter, value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, kind)
+    def _own_part(self, parameter: nn.Parameter, kind: str) -> tuple[Tensor, int]:
+        """The elements of a flattened parameter whose ``kind`` ZeRO keeps on this rank, and the number of the first one."""
+        key = None if kind == MASTER else kind
+        if self.zero == 3:
+            part, _ = self._optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
+            first = part.numel() * self.mesh.group(REPLICAS).rank()
+            return part.detach()[: max(0, parameter.ds_numel - first)], first  # type: ignore[attr-defined]
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return torch.empty(0, device=self.mesh.device), 0
+        return mapping.get_hp_fragment(key).detach(), mapping.lp_fragment_address.start
 
     @torch.no_grad()
     def _refresh_weights(self) -> None:
@@ -238,7 +260,10 @@ class Engine:
         if self.zero < 3:
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _step_count(self) -> int:
+    @property
+    def steps(self) -> int:
+        """AdamW steps taken."""
+        self._ensure_moments()
         if _keeps_step_in_groups(self._adamw):
             return int(self._adamw.param_groups[0].get("step", 0))
         return int(self._adamw.state[self._flat_masters()[0]]["step"].item())
@@ -280,16 +305,38 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _connect(deepspeed: Any, mesh: Mesh) -> None:
-    """Join the processes of the run, once a process, and leave them when it ends."""
-    if not torch.distributed.is_initialized():
-        atexit.register(_disconnect)
-    deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)
+class _ModelParallelUnit:
+    """How DeepSpeed asks for the mesh: its model-parallel ranks hold one set of weights, its data-parallel ranks are replicas."""
 
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
 
-def _disconnect() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    def get_model_parallel_group(self) -> Any:
+        return self._mesh.group(MODEL)
+
+    def get_model_parallel_rank(self) -> int:
+        return self._mesh.group(MODEL).rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._mesh.group(MODEL).size()
+
+    def get_tensor_model_parallel_group(self) -> Any:
+        return self._mesh.group(TENSOR)
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._mesh.group(TENSOR).rank()
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._mesh.group(TENSOR).size()
+
+    def get_data_parallel_group(self) -> Any:
+        return self._mesh.group(REPLICAS)
+
+    def get_data_parallel_rank(self) -> int:
+        return self._mesh.group(REPLICAS).rank()
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._mesh.group(REPLICAS).size()
 
 
 def _deepspeed_config(config: Config, precision: str, micro_batches: int, parameters: int) -> dict[str, Any]:

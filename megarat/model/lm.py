@@ -12,23 +12,23 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from megarat.config import ModelConfig
 from megarat.model import names
 from megarat.model.layers import FeedForward, RMSNorm
 from megarat.model.mixer import RATPlusMixer
 from megarat.model.pattern import LayerPattern, Patterns, resolve
-from megarat.ops import linear_cross_entropy, rotary_tables
+from megarat.ops import rotary_tables
+from megarat.parallel.tensor import ALONE, TensorParallel, VocabularyEmbedding
 
 
 class Block(nn.Module):
     """Mixer and feed-forward, each pre-norm with its own residual."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ranks: TensorParallel = ALONE) -> None:
         super().__init__()
-        self.mixer = RATPlusMixer(config.hidden, config.heads, config.norm_eps, config.recurrence)
-        self.ffn = FeedForward(config.hidden, config.ffn_multiple, config.norm_eps)
+        self.mixer = RATPlusMixer(config.hidden, config.heads, config.norm_eps, config.recurrence, ranks)
+        self.ffn = FeedForward(config.hidden, config.ffn_multiple, config.norm_eps, ranks)
 
     def forward(
         self,
@@ -43,14 +43,15 @@ class Block(nn.Module):
 
 
 class RATPlusLM(nn.Module):
-    """A RAT+ language model, or its attention-only baseline (``config.recurrence = False``)."""
+    """A RAT+ language model, or its attention-only baseline (``config.recurrence = False``); this rank's part of it."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ranks: TensorParallel = ALONE) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab, config.hidden, _weight=torch.empty(config.vocab, config.hidden))
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.hidden, config.norm_eps)
+        self.ranks = ranks
+        self.embedding = VocabularyEmbedding(config.vocab, config.hidden, ranks)
+        self.layers = nn.ModuleList(Block(config, ranks) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.norm_eps, ranks)
         self.dense = resolve("dense", config.layers, config.heads)
 
     @property
@@ -75,7 +76,7 @@ class RATPlusLM(nn.Module):
         hidden_BTC = self.hidden(ids_BT, patterns, document_ids_BT)
         if labels_BT is None:
             return self.logits(hidden_BTC)
-        loss, _ = linear_cross_entropy(hidden_BTC.flatten(0, 1), self.embedding.weight, labels_BT.flatten())
+        loss, _ = self.embedding.cross_entropy(hidden_BTC.flatten(0, 1), labels_BT.flatten())
         return loss
 
     def hidden(self, ids_BT: Tensor, patterns: Patterns | None = None, document_ids_BT: Tensor | None = None) -> Tensor:
@@ -84,17 +85,17 @@ class RATPlusLM(nn.Module):
         rotary = self.rotary(torch.arange(ids_BT.shape[1], device=ids_BT.device))
         for block, pattern in zip(self.blocks, patterns or self.dense, strict=True):
             x_BTC = block(x_BTC, rotary, pattern, document_ids_BT)
-        return self.norm(x_BTC)
+        return self.ranks.enter(self.norm(x_BTC))
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The start of the residual stream, (B, T, C); fp32 unless the config says otherwise (or the weights are wider)."""
-        x_BTC = functional.embedding(ids_BT, self.embedding.weight)
+        x_BTC = self.embedding(ids_BT)
         narrow = x_BTC.dtype in (torch.bfloat16, torch.float16)
         return x_BTC.float() if narrow and self.config.residual_dtype == "fp32" else x_BTC
 
     def logits(self, hidden_BTC: Tensor) -> Tensor:
         """Tied head: (B, T, C) -> (B, T, V), returned in fp32 (fp64 for an fp64 model)."""
-        logits = functional.linear(hidden_BTC, self.embedding.weight)
+        logits = self.embedding.logits(hidden_BTC)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,9 +114,10 @@ class RATPlusLM(nn.Module):
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
                 continue
-            for piece, view in names.split(name, parameter).items():
-                generator = torch.Generator().manual_seed(_name_seed(seed, piece))
-                view.copy_(torch.randn(view.shape, generator=generator) * self.config.init_std)
+            pieces = names.pieces(name, parameter.shape, self.ranks.rank, self.ranks.size)
+            for piece, view in zip(pieces, parameter.chunk(len(pieces)), strict=True):
+                generator = torch.Generator().manual_seed(_name_seed(seed, piece.name))
+                view.copy_(piece.of(torch.randn(piece.whole, generator=generator)) * self.config.init_std)
         return self
 
 

@@ -18,9 +18,10 @@ from typing import NamedTuple, cast
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megarat.model.layers import Linear, RMSNorm
+from megarat.model.layers import RMSNorm
 from megarat.model.pattern import LayerPattern
 from megarat.ops import ScanState, apply_rotary, dilated_attention, gated_scan
+from megarat.parallel.tensor import ALONE, ColumnLinear, RowLinear, TensorParallel
 
 
 class Projections(NamedTuple):
@@ -34,16 +35,20 @@ class Projections(NamedTuple):
 
 
 class RATPlusMixer(nn.Module):
-    """Token mixing of one block; (B, T, C) -> (B, T, C), the residual is added by the caller."""
+    """Token mixing of one block; (B, T, C) -> (B, T, C), the residual is added by the caller.
 
-    def __init__(self, width: int, heads: int, eps: float, recurrence: bool) -> None:
+    Ranks share the heads: H below is the number of this rank's heads, from ``first_head`` on. The mixing itself is theirs alone.
+    """
+
+    def __init__(self, width: int, heads: int, eps: float, recurrence: bool, ranks: TensorParallel = ALONE) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads = ranks.share(heads)
+        self.first_head = ranks.rank * self.heads
         self.head_dim = width // heads
         self.recurrence = recurrence
-        self.norm = RMSNorm(width, eps)
-        self.in_proj = Linear(width, (5 if recurrence else 4) * width)
-        self.out_proj = Linear(width, width)
+        self.norm = RMSNorm(width, eps, ranks)
+        self.in_proj = ColumnLinear(width, (5 if recurrence else 4) * width, ranks)
+        self.out_proj = RowLinear(width, width, ranks)
 
     def forward(
         self,
@@ -98,7 +103,8 @@ class RATPlusMixer(nn.Module):
         document_ids_BT: Tensor | None = None,
     ) -> Tensor:
         """Attention over the visible keys, output gate and output projection: (B, T, C)."""
-        patterns = pattern[0].pattern if len(pattern) == 1 else pattern.per_head
+        own_heads = slice(self.first_head, self.first_head + self.heads)
+        patterns = pattern[0].pattern if len(pattern) == 1 else pattern.per_head[own_heads]
         mixed = cast(
             Tensor, dilated_attention(q_BTHK, k_BTHK, v_BTHK, patterns, output_gate_BTHK=o_BTHK, document_ids_BT=document_ids_BT)
         )

@@ -9,6 +9,9 @@ they are separate tensors, so that heads can be split over any number of ranks a
     layers.{i}.mixer.out_proj.weight      layers.{i}.mixer.out.weight
     everything else                       the same name
 
+Ranks that share the heads each hold a slice of most tensors: rows of what is multiplied from the left (o, q, k, v, g, up, embedding),
+columns of what follows (out, down), all of the norms. ``pieces`` says which.
+
 Pure functions. Letters: C hidden width, F FFN width, V vocabulary.
 """
 
@@ -21,19 +24,33 @@ import torch
 from torch import Tensor
 
 from megarat.config import ModelConfig
+from megarat.parallel.fragments import Piece, Shape
 
 PIECES = ("o", "q", "k", "v", "g")
 
 _IN_PROJ = re.compile(r"(layers\.\d+\.mixer)\.in_proj\.weight")
 _OUT_PROJ = re.compile(r"(layers\.\d+\.mixer)\.out_proj\.weight")
 
-Shape = tuple[int, ...]
+
+_BY_COLUMNS = re.compile(r"layers\.\d+\.(mixer\.out_proj|ffn\.down)\.weight")
 
 
-def logical_names(name: str, shape: Shape) -> list[str]:
-    """Names on disk of the run-time parameter ``name`` of ``shape``, in the order of its rows."""
+def pieces(name: str, shape: Shape, rank: int = 0, ranks: int = 1) -> list[Piece]:
+    """The boxes that rank ``rank`` of ``ranks`` sharing the heads holds in its run-time parameter ``name`` of ``shape``, in row order."""
+    found = logical_names(name, shape, ranks)
+    box = (shape[0] // len(found), *shape[1:])
+    if len(shape) == 1:
+        return [Piece(name, box, (0,), box, replicated=True)]
+    dim = 1 if _BY_COLUMNS.fullmatch(name) else 0
+    whole = tuple(length * ranks if axis == dim else length for axis, length in enumerate(box))
+    offset = tuple(length * rank if axis == dim else 0 for axis, length in enumerate(box))
+    return [Piece(logical, whole, offset, box) for logical in found]
+
+
+def logical_names(name: str, shape: Shape, ranks: int = 1) -> list[str]:
+    """Names on disk of the run-time parameter ``name`` of ``shape`` on one of ``ranks``, in the order of its rows."""
     if fused := _IN_PROJ.fullmatch(name):
-        return [f"{fused[1]}.{piece}.weight" for piece in PIECES[: shape[0] // shape[1]]]
+        return [f"{fused[1]}.{piece}.weight" for piece in PIECES[: shape[0] * ranks // shape[1]]]
     if out := _OUT_PROJ.fullmatch(name):
         return [f"{out[1]}.out.weight"]
     return [name]

@@ -18,9 +18,10 @@ from megarat.data.corpus import check_budget, open_corpus
 from megarat.data.loader import Loader
 from megarat.engine import MASTER, Engine, resolve_precision
 from megarat.errors import UserError
-from megarat.mesh import Mesh, start
+from megarat.mesh import TENSOR, Mesh, start
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import describe
+from megarat.parallel.tensor import TensorParallel
 from megarat.train.run_folder import Resume
 
 
@@ -64,7 +65,7 @@ class Run:
 
 def build(config: Config, kind: str, resume: Resume | None, parent: Parent | None) -> Run:
     """Data, model and engine: in the state of a checkpoint, or new with the weights of ``parent``, or new with random ones."""
-    mesh = start(config.run.device)
+    mesh = start(config.run.device, config)
     precision = resolve_precision(config.train.precision, mesh.device)
     corpus = open_corpus(config)
     budget = check_budget(config, corpus)
@@ -76,14 +77,14 @@ def build(config: Config, kind: str, resume: Resume | None, parent: Parent | Non
         sequence_length=config.data.sequence_length,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
-        data_rank=mesh.rank,
-        data_size=mesh.world_size,
+        data_rank=mesh.place.data,
+        data_size=mesh.shape.data,
         separate_documents=config.data.documents == "separate",
     )
     data_identity = corpus.reader.identity
     if resume is not None:
         _check_resumable(resume.state, precision, data_identity, config.data.shards, parent)
-    model = RATPlusLM(config.model)
+    model = RATPlusLM(config.model, TensorParallel(mesh.group(TENSOR), config.parallel.sequence))
     if resume is None and parent is None:
         model.initialise(config.train.seed)
     engine = Engine(model, config, mesh)

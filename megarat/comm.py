@@ -1,0 +1,149 @@
+"""Collectives with gradients, as named conjugate pairs: the backward of each is the forward of its partner.
+
+    copy_to            x on every rank -> the same x          backward: sum over ranks      (partner: reduce_from)
+    reduce_from        partial sums -> their sum              backward: the same gradient   (partner: copy_to)
+    gather_along       a slice of ``dim`` -> all of it        backward: sum, keep own slice (partner: reduce_scatter_along)
+    reduce_scatter_along  partial sums -> own slice of sum    backward: gather the slices   (partner: gather_along)
+    swap_slices        own slice of one dim, all of another -> the reverse          (its own partner, dims exchanged)
+
+The group is an argument; ``None`` and a group of one rank are the identity, without a branch in the caller. n below is the group's size
+and |x| the bytes of the whole tensor; every rank sends about what is named.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+
+
+def size(group: ProcessGroup | None) -> int:
+    """Ranks of a group; None is this process alone."""
+    return 1 if group is None else group.size()
+
+
+def rank(group: ProcessGroup | None) -> int:
+    """This process' number within a group."""
+    return 0 if group is None else group.rank()
+
+
+def copy_to(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Enter a region where each rank computes a part. Forward free; backward all-reduces, 2 |x| (n-1)/n."""
+    return x if size(group) == 1 else _CopyTo.apply(x, group)
+
+
+def reduce_from(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Leave such a region: the ranks' partial sums are added. Forward all-reduces, 2 |x| (n-1)/n; backward free."""
+    return x if size(group) == 1 else _ReduceFrom.apply(x, group)
+
+
+def gather_along(x: Tensor, group: ProcessGroup | None, dim: int) -> Tensor:
+    """Concatenate the ranks' slices along ``dim``. |x| (n-1)/n either way."""
+    return x if size(group) == 1 else _GatherAlong.apply(x, group, dim)
+
+
+def reduce_scatter_along(x: Tensor, group: ProcessGroup | None, dim: int) -> Tensor:
+    """Add the ranks' partial sums and keep this rank's slice of ``dim``. |x| (n-1)/n either way."""
+    return x if size(group) == 1 else _ReduceScatterAlong.apply(x, group, dim)
+
+
+def swap_slices(x: Tensor, group: ProcessGroup | None, split: int, join: int) -> Tensor:
+    """Cut ``split`` over the ranks and join ``join``, of which each rank held a slice. |x| (n-1)/n^2 either way (all-to-all)."""
+    return x if size(group) == 1 else _SwapSlices.apply(x, group, split, join)
+
+
+# ---- the forwards, without gradients ----------------------------------------------------------------------------------------------
+
+
+def summed(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """A new tensor: the sum of the ranks' x."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    if size(group) > 1:
+        distributed.all_reduce(total, group=group)
+    return total
+
+
+def _gathered(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    slices = x.new_empty((size(group), *x.shape))
+    distributed.all_gather_into_tensor(slices, x.contiguous(), group=group)
+    return slices.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def _reduce_scattered(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    slices = x.unflatten(dim, (size(group), -1)).movedim(dim, 0).contiguous()
+    own = torch.empty_like(slices[0])
+    distributed.reduce_scatter_tensor(own, slices, group=group)
+    return own
+
+
+def _swapped(x: Tensor, group: ProcessGroup, split: int, join: int) -> Tensor:
+    slices = x.unflatten(split, (size(group), -1)).movedim(split, 0).contiguous()
+    received = torch.empty_like(slices)
+    distributed.all_to_all_single(received, slices, group=group)
+    return received.movedim(0, join).flatten(join, join + 1)
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        """The same values."""
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Each rank saw a part of what x was used for: the sum is the whole gradient."""
+        return summed(gradient, ctx.group), None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        """The sum over ranks."""
+        return summed(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Every rank's summand has the gradient of the sum."""
+        return gradient, None
+
+
+class _GatherAlong(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+        """The whole of ``dim``."""
+        ctx.group, ctx.dim = group, dim
+        return _gathered(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """What all ranks did with this rank's slice."""
+        return _reduce_scattered(gradient, ctx.group, ctx.dim), None, None
+
+
+class _ReduceScatterAlong(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+        """This rank's slice of the sum."""
+        ctx.group, ctx.dim = group, dim
+        return _reduce_scattered(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Every rank's summand has the gradient of the whole sum."""
+        return _gathered(gradient, ctx.group, ctx.dim), None, None
+
+
+class _SwapSlices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, split: int, join: int) -> Tensor:
+        """Slices of ``split`` go out, slices of ``join`` come in."""
+        ctx.group, ctx.split, ctx.join = group, split, join
+        return _swapped(x, group, split, join)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The same with the dims exchanged."""
+        return _swapped(gradient, ctx.group, ctx.join, ctx.split), None, None, None

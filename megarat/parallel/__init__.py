@@ -1,0 +1,1 @@
+"""How one model is spread over ranks, and the proof that this does not change what it computes."""

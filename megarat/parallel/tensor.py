@@ -1,0 +1,138 @@
+"""Tensor parallelism by heads: which part of each matrix a rank holds, and where the parts meet.
+
+    x -> enter -> column linear (own heads, own FFN channels) -> gate, scan, rotary, attention, GELU -> row linear -> leave -> residual
+
+Between ``enter`` and ``leave`` nothing is communicated. Plain tensor parallelism keeps the residual stream whole on every rank:
+``enter`` copies, ``leave`` sums. With ``sequence`` (Megatron's sequence parallelism) norms and residual stream live on 1/n of the
+sequence: ``enter`` gathers it, ``leave`` sums and scatters; the same bytes on the wire, 1/n of the activations outside.
+
+Shapes: B batch, T length, C width, V vocabulary, N rows; n ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
+from torch.nn import functional
+
+from megarat import comm
+from megarat.ops import linear_cross_entropy
+from megarat.ops.cross_entropy import Statistics
+
+_SEQUENCE_DIM = 1
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The ranks that share each layer; without a group, this process alone."""
+
+    group: ProcessGroup | None = None
+    sequence: bool = False
+
+    @property
+    def size(self) -> int:
+        """Ranks that share each layer."""
+        return comm.size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """This rank among them."""
+        return comm.rank(self.group)
+
+    def enter(self, x_BTC: Tensor) -> Tensor:
+        """Before the matrices that ranks share: (B, T, C), or with ``sequence`` (B, T/n, C) -> (B, T, C)."""
+        return comm.gather_along(x_BTC, self.group, _SEQUENCE_DIM) if self.sequence else comm.copy_to(x_BTC, self.group)
+
+    def leave(self, x_BTC: Tensor) -> Tensor:
+        """After them: the sum of the ranks' (B, T, C), of which ``sequence`` keeps this rank's (B, T/n, C)."""
+        return (
+            comm.reduce_scatter_along(x_BTC, self.group, _SEQUENCE_DIM) if self.sequence else comm.reduce_from(x_BTC, self.group)
+        )
+
+    def replicated(self, weight: Tensor) -> Tensor:
+        """A weight that every rank holds. Where ranks apply it to different tokens, their gradients are summed."""
+        return comm.copy_to(weight, self.group) if self.sequence else weight
+
+    def share(self, channels: int) -> int:
+        """This rank's part of ``channels``."""
+        return channels // self.size
+
+
+ALONE = TensorParallel()
+
+
+def matrix(rows: int, columns: int, ranks: TensorParallel) -> nn.Parameter:
+    """This rank's part of a matrix that ``ranks`` share. The mark makes DeepSpeed's gradient norm count every rank's part."""
+    parameter = nn.Parameter(torch.empty(rows, columns))
+    if ranks.size > 1:
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    return parameter
+
+
+class ColumnLinear(nn.Module):
+    """x @ weight.T without a bias, each rank making its share of the outputs; the weight is (out / n, in)."""
+
+    def __init__(self, fan_in: int, fan_out: int, ranks: TensorParallel) -> None:
+        super().__init__()
+        self.ranks = ranks
+        self.weight = matrix(ranks.share(fan_out), fan_in, ranks)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """The residual stream's slice -> (B, T, out / n)."""
+        return functional.linear(self.ranks.enter(x_BTC), self.weight)
+
+
+class RowLinear(nn.Module):
+    """x @ weight.T without a bias, each rank summing over its share of the inputs; the weight is (out, in / n)."""
+
+    def __init__(self, fan_in: int, fan_out: int, ranks: TensorParallel) -> None:
+        super().__init__()
+        self.ranks = ranks
+        self.weight = matrix(fan_out, ranks.share(fan_in), ranks)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, in / n) -> the residual stream's slice."""
+        return self.ranks.leave(functional.linear(x_BTC, self.weight))
+
+
+class VocabularyEmbedding(nn.Module):
+    """The tied embedding, each rank holding V / n consecutive rows: looked up at the start, multiplied with at the end."""
+
+    def __init__(self, vocabulary: int, width: int, ranks: TensorParallel) -> None:
+        super().__init__()
+        self.ranks = ranks
+        self.rows = ranks.share(vocabulary)  # ZeRO 3 shows an empty weight between uses
+        self.first_row = ranks.rank * self.rows
+        self.weight = matrix(self.rows, width, ranks)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Token ids (int64) -> the residual stream's slice in the weight's dtype. Exact: one rank has the row, the others add 0."""
+        if self.ranks.size == 1:
+            return functional.embedding(ids_BT, self.weight)
+        local_BT = ids_BT - self.first_row
+        foreign_BT = (local_BT < 0) | (local_BT >= self.rows)
+        rows_BTC = functional.embedding(local_BT.masked_fill(foreign_BT, 0), self.weight)
+        return self.ranks.leave(rows_BTC.masked_fill(foreign_BT[..., None], 0.0))
+
+    def logits(self, hidden_BTC: Tensor) -> Tensor:
+        """Entered hidden states (B, T, C) -> logits of the whole vocabulary (B, T, V)."""
+        return comm.gather_along(functional.linear(hidden_BTC, self.weight), self.ranks.group, hidden_BTC.dim() - 1)
+
+    def cross_entropy(self, hidden_NC: Tensor, labels_N: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
+        """Loss of entered hidden states and the number of labels that count, equal on all ranks; see ``linear_cross_entropy``."""
+        if self.ranks.size == 1:
+            return linear_cross_entropy(hidden_NC, self.weight, labels_N, reduction=reduction)
+        return linear_cross_entropy(
+            hidden_NC, self.weight, labels_N, reduction=reduction, vocab_start=self.first_row, combine=self._combine
+        )
+
+    def _combine(self, own: Statistics) -> Statistics:
+        """Softmax statistics over all parts of the vocabulary. All-reduces 3 fp32 a token."""
+        largest = own.largest.clone()
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self.ranks.group)
+        sums = torch.stack([own.sum_exp * torch.exp(own.largest - largest), own.target])
+        distributed.all_reduce(sums, group=self.ranks.group)
+        return Statistics(largest, sums[0], sums[1])
