@@ -41,7 +41,7 @@ class LoadedModel(nn.Module):
         return self.patterns if pattern is None else resolve(pattern, self.config.layers, self.config.heads)
 
     def forward(self, ids_BT: Tensor, pattern: PatternSpec | None = None) -> Tensor:
-        """Logits (B, T, V), fp32, of token ids (B, T), int64."""
+        """Logits (B, T, V), fp32, on the model's device, of token ids (B, T), int64, on any."""
         return self.lm(self._checked(ids_BT), self.resolve(pattern))
 
     def generate(
@@ -63,7 +63,7 @@ class LoadedModel(nn.Module):
             self._checked(ids),
             max_new_tokens,
             self.resolve(pattern),
-            attention_mask_BT=attention_mask,
+            attention_mask_BT=None if attention_mask is None else attention_mask.to(self.device),
             sampling=sampling,
             stop_id=stop_id,
         )
@@ -79,7 +79,7 @@ class LoadedModel(nn.Module):
             raise UserError(
                 f"token ids: found ids from {int(ids_BT.min())} to {int(ids_BT.max())}; the model has 0 to {self.config.vocab - 1}"
             )
-        return ids_BT.long()
+        return ids_BT.to(self.device, torch.int64)
 
 
 def load(

@@ -9,9 +9,11 @@ import torch
 
 import megarat
 from megarat.checkpoint.convert import import_upstream
+from megarat.config import ModelConfig
 from megarat.errors import UserError
-from megarat.infer.load import fill_model
+from megarat.infer.load import LoadedModel, fill_model
 from megarat.model.lm import RATPlusLM
+from megarat.model.pattern import resolve
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,13 @@ def test_ids_the_model_cannot_read_are_refused(imported, ids, message):
         with pytest.raises(UserError) as error:
             use(ids)
         assert message in str(error.value)
+
+
+def test_ids_come_from_any_device():
+    """The meta device stands for a GPU: a tensor left on the CPU would be refused in the first product."""
+    lm = RATPlusLM(ModelConfig(layers=1, hidden=16, heads=2, vocab=31)).to("meta")
+    model = LoadedModel(lm, resolve("D=4,W=2", 1, 2), Path("nowhere"))
+    assert model(torch.zeros(1, 5, dtype=torch.int64)).device.type == "meta"
 
 
 def test_a_pattern_that_does_not_fit_the_model_is_refused(imported):
