@@ -13,6 +13,8 @@ import warnings
 
 import torch
 
+from megarat.errors import UserError
+
 BACKENDS = ("triton", "reference")
 _warned: set[tuple[str, str]] = set()
 
@@ -21,7 +23,7 @@ def ops_mode() -> str:
     """The process-wide switch: "auto" or "reference"."""
     mode = os.environ.get("MEGARAT_OPS", "auto")
     if mode not in ("auto", "reference"):
-        raise ValueError(f"MEGARAT_OPS={mode!r} is neither 'auto' nor 'reference'")
+        raise UserError(f"MEGARAT_OPS={mode!r} in the environment is neither 'auto' nor 'reference'")
     return mode
 
 
