@@ -1,16 +1,22 @@
 """Text files -> token shards: OUT/train, OUT/validation, OUT/tokenizer.
 
     python data_tools/build_shards.py INPUT… --tokenizer PATH --output OUT
+    mpirun -n 4 python data_tools/build_shards.py …        several processes, also over several hosts (srun likewise)
 
 The stream is every document in the order of the inputs, each closed by EOS. A document goes to the validation side by a hash of
-its text, so that equal documents never lie on both sides. Tokenising runs in processes; the shards are the same bytes for any
-number of them. The folder OUT appears, whole, when everything is on disk; a finished OUT is never written again.
+its text, so that equal documents never lie on both sides. First the parts of the input are turned into tokens, by as many ranks
+and processes as there are; then the shards are cut from all tokens in order. The bytes are the same for any number of either.
+
+The folder OUT appears, whole, when everything is on disk; a finished OUT is never written again. Until then the work lies in
+.OUT.partial beside it: a build that was stopped, killed or met bad input goes on from its finished parts and shards when it is
+started again, as far as they still come from the same input. Ranks share that folder, so it must be on a common file system.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import os
 import shutil
 import sys
@@ -18,18 +24,21 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data_tools.sources import TXT_SPLITS, Source, find_sources, read_chunks
-from data_tools.tokenise import BAD_LINES, Options, tokenise
-from megarat.data.format import INDEX_NAME, Index, Piece, ShardWriter, file_sha256, named_errors, sync_folder
+from data_tools.assemble import ShardFolder, make_stream
+from data_tools.parts import PART_BYTES, Part, PartFolder, PartRecord, chunks_of, plan_parts
+from data_tools.sources import TXT_SPLITS, Source, find_sources
+from data_tools.team import Interrupted, Team, find_team
+from data_tools.tokenise import BAD_LINES, SIDES, Options, tokenise
+from megarat.data.format import INDEX_NAME, Index, Shard, file_sha256, named_errors, sync_folder, token_dtype
 from megarat.data.tokenizer import Tokenizer, load_tokenizer
-from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED, UserError
 
 
 class Result(NamedTuple):
@@ -47,57 +56,97 @@ def build(
     options: Options = Options(),  # noqa: B008 (frozen)
     *,
     workers: int | None = None,
+    part_bytes: int = PART_BYTES,
     progress: bool = True,
+    team: Team | None = None,
 ) -> Result:
-    """Builds a corpus, or finds it built.
+    """Builds a corpus, or finds it built. Every rank of the team makes the same call.
 
     Args:
         inputs: files and folders; see `data_tools.sources` for the types.
         tokenizer: see `megarat.data.tokenizer.load_tokenizer`.
         output: folder to make.
         options: what decides the bytes.
-        workers: processes that tokenise; None = as many as there are cores, 1 = this process.
+        workers: processes that tokenise; None = as many as this rank has cores, 1 = this process.
+        part_bytes: input, as stored, that a rank takes at a time and an interrupted build keeps.
         progress: show a bar on standard error.
+        team: the processes that share the work; this one alone if not given.
 
     Raises:
-        UserError: bad input, an `output` that holds something else, a full disk. Nothing is left behind.
+        UserError: bad input, an `output` that holds something else, a full disk.
+        Interrupted: a signal asked to stop. In both cases finished parts stay, and nothing else does.
     """
-    output = Path(output)
-    opened = load_tokenizer(tokenizer)
-    sources = find_sources(inputs)
-    workers = workers or len(os.sched_getaffinity(0))
-    provenance = {"inputs": _describe(sources, workers), "options": asdict(options)}
-    if _is_finished(output, provenance, opened):
-        return _read_result(output, built=False)
-    with _staging_folder(output) as staging:
-        _write_corpus(staging, sources, opened, options, provenance, workers, progress)
-        _copy_tokenizer(opened, staging / "tokenizer")
-    return _read_result(output, built=True)
+    team = team or Team()
+    job = team.together(lambda: _prepare(inputs, tokenizer, Path(output), options, workers or team.cores(), team))
+    if team.together(lambda: _is_finished(job)):
+        return _read_result(job.output, built=False)
+    with team.listening(), _staging_folder(job, team) as staging:
+        parts = team.together(lambda: plan_parts(job.sources, job.hashes, job.tokenizer, options, part_bytes))
+        folder = PartFolder(staging / "parts", token_dtype(job.tokenizer.vocab_size), with_digests=options.deduplicate)
+        team.together(lambda: _tokenise_parts(job, folder, parts, team, progress and team.rank == 0))
+        corpus = _assemble(job, staging, folder, parts, team)
+        team.together(lambda: _publish(corpus, job.output) if team.rank == 0 else None)
+    return _read_result(job.output, built=True)
 
 
-def _describe(sources: list[Source], workers: int) -> list[dict[str, Any]]:
-    """Name, size and hash of every input file. Hashing runs in threads, since it releases the interpreter."""
-    with ThreadPoolExecutor(workers) as pool:
-        hashes = pool.map(lambda source: file_sha256(source.path), sources)
-        return [
+class _Job(NamedTuple):
+    """What is to be done."""
+
+    sources: list[Source]
+    hashes: list[str]  # SHA-256 of each input file
+    tokenizer: Tokenizer
+    output: Path
+    options: Options
+    workers: int
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What an index records under `source`."""
+        inputs = [
             {"name": source.name, "bytes": source.path.stat().st_size, "sha256": sha256}
-            for source, sha256 in zip(sources, hashes, strict=True)
+            for source, sha256 in zip(self.sources, self.hashes, strict=True)
         ]
+        return {"inputs": inputs, "options": asdict(self.options)}
 
 
-def _is_finished(output: Path, provenance: dict[str, Any], tokenizer: Tokenizer) -> bool:
-    """Whether `output` holds just this corpus.
+def _prepare(
+    inputs: Iterable[str | Path], tokenizer: str | Path, output: Path, options: Options, workers: int, team: Team
+) -> _Job:
+    """Finds the inputs and hashes them, each rank its share. Hashing runs in threads, since it releases the interpreter."""
+    opened = load_tokenizer(tokenizer)
+    if options.block_tokens < 1 or options.shard_tokens < 1 or options.shard_tokens % options.block_tokens:
+        raise UserError(
+            f"shard tokens ({options.shard_tokens}) must be a positive multiple of block tokens ({options.block_tokens})"
+        )
+    sources = find_sources(inputs)
+    with ThreadPoolExecutor(workers) as pool:
+        own = list(pool.map(lambda source: _hash_input(source, team), sources[team.rank :: team.size]))
+    by_rank = team.gather(own)
+    return _Job(sources, [by_rank[n % team.size][n // team.size] for n in range(len(sources))], opened, output, options, workers)
+
+
+def _hash_input(source: Source, team: Team) -> str:
+    with named_errors(source.path, "read"):
+        return file_sha256(source.path, lambda done: team.check())
+
+
+def _is_finished(job: _Job) -> bool:
+    """Whether the output holds just this corpus.
 
     Raises:
         UserError: it holds another corpus or something else.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
+    output = job.output
+    with named_errors(output, "read"):
+        if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+            return False
     if not (output / "train" / INDEX_NAME).is_file():
         raise UserError(f"{output}: exists and is not a finished corpus; give a folder that does not exist yet")
     index = Index.read(output / "train")
-    found = {"tokenizer": index.tokenizer.sha256, "inputs": index.source.get("inputs"), **index.source.get("options", {})}
-    wanted = {"tokenizer": tokenizer.info.sha256, "inputs": provenance["inputs"], **provenance["options"]}
+    provenance = job.provenance
+    options = {**asdict(Options()), **index.source.get("options", {})}  # an option it does not know is as it was before
+    found = {"tokenizer": index.tokenizer.sha256, "inputs": index.source.get("inputs"), **options}
+    wanted = {"tokenizer": job.tokenizer.sha256, "inputs": provenance["inputs"], **provenance["options"]}
     if different := [key for key in wanted if found.get(key) != wanted[key]]:
         raise UserError(
             f"{output}: holds a finished corpus made with other {' and other '.join(different)}; give another folder, or remove it"
@@ -111,102 +160,120 @@ def _read_result(output: Path, *, built: bool) -> Result:
 
 
 @contextmanager
-def _staging_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder beside `output` that becomes `output` by one rename, or is removed.
+def _staging_folder(job: _Job, team: Team) -> Iterator[Path]:
+    """The hidden folder of the work beside the output; it goes when the work is done, or when nothing finished is in it.
 
-    What a killed build left there is removed; a build that still runs is told by its lock.
+    Raises:
+        UserError: it cannot be made, or a build of the same output is running.
     """
-    staging = output.absolute().parent / f".{output.absolute().name}.partial"
-    with named_errors(staging):
-        staging.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(staging, os.O_RDONLY)
+    staging = job.output.absolute().parent / f".{job.output.absolute().name}.partial"
+    descriptor = team.together(lambda: _make_staging(staging) if team.rank == 0 else None)
+    team.watch(staging / "stop")
     try:
-        _lock(descriptor, staging)
-        try:
-            _empty(staging)
-            yield staging
-            with named_errors(output):
-                sync_folder(staging)
-                os.rename(staging, output)
-                sync_folder(staging.parent)
-        except BaseException:
+        yield staging
+        if team.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
-            raise
+    except (UserError, Interrupted):
+        if team.rank == 0 and not any((staging / "parts").glob("*.json")):
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def _lock(descriptor: int, staging: Path) -> None:
+def _make_staging(staging: Path) -> int:
+    """Makes the folders of the work and locks them; returns the descriptor that holds the lock."""
+    with named_errors(staging):
+        for folder in (staging, staging / "parts", staging / "shards"):
+            folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(staging, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(descriptor)
         raise UserError(f"{staging}: another build of the same output is running") from None
+    (staging / "stop").unlink(missing_ok=True)
+    return descriptor
 
 
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def _tokenise_parts(job: _Job, folder: PartFolder, parts: list[Part], team: Team, progress: bool) -> None:
+    """This rank's share of the parts that are not finished yet."""
+    own = parts[team.rank :: team.size]
+    missing = [part for part in own if folder.find(part) is None]
+    with _Progress("tokenising", sum(part.bytes for part in own), shown=progress) as bar:
+        bar.skip(sum(part.bytes for part in own) - sum(part.bytes for part in missing))
+        tokenised = tokenise(chunks_of(missing, job.options), job.tokenizer, job.options, job.workers)
+        with closing(tokenised), closing(folder.write(missing, tokenised)) as written:
+            for done in written:
+                bar.advance(done.consumed, len(done.train.tokens) + len(done.validation.tokens))
+                team.check()
 
 
-def _write_corpus(
-    staging: Path,
-    sources: list[Source],
-    tokenizer: Tokenizer,
-    options: Options,
-    provenance: dict[str, Any],
-    workers: int,
-    progress: bool,
-) -> None:
-    """Writes both sides of the corpus; a side without documents gets no folder.
+def _assemble(job: _Job, staging: Path, folder: PartFolder, parts: list[Part], team: Team) -> Path:
+    """Cuts the shards from the finished parts; returns the folder of the whole corpus.
 
     Raises:
-        UserError: from reading, tokenising or writing; or no document is left to train on.
+        UserError: from writing; or no document is left to train on.
     """
-    chunks = (chunk for s in sources for chunk in read_chunks(s, text_field=options.text_field, txt_split=options.txt_split))
-    left_out: Counter[str] = Counter()
-    with ExitStack() as stack:
-        bar = stack.enter_context(_Progress(sum(entry["bytes"] for entry in provenance["inputs"]), shown=progress))
-        train, validation = (_Side(stack, staging / side, tokenizer, options) for side in ("train", "validation"))
-        for done in tokenise(chunks, tokenizer, options, workers):
-            train.add(done.train)
-            validation.add(done.validation)
-            left_out += done.left_out
-            bar.advance(done.consumed, len(done.train.tokens) + len(done.validation.tokens))
-        if train.documents == 0:
-            raise UserError(_empty_message(sources, validation.documents, left_out))
-        for side in (train, validation):
-            side.finish({**provenance, "split": side.folder.name, "left_out": dict(left_out)})
+    records = team.together(lambda: [_record(folder, part) for part in parts])
+    fingerprint = hashlib.sha256(repr(([part.fingerprint for part in parts], job.options)).encode()).hexdigest()
+    left_out = sum((Counter(record.left_out) for record in records), Counter[str]())
+    streams = {side: make_stream(side, folder, records, team, deduplicate=job.options.deduplicate) for side in SIDES}
+    if duplicates := sum(len(stream.dropped) for stream in streams.values()):
+        left_out["duplicate"] = duplicates
+    if streams["train"].documents == 0:
+        for part in parts:  # nothing here is worth keeping
+            folder.path(part.number, "json").unlink(missing_ok=True)
+        raise UserError(_empty_message(job.sources, streams["validation"].documents, left_out))
+    corpus = staging / "corpus"
+    for side, stream in streams.items():
+        shards = ShardFolder(corpus, staging / "shards", stream, job.options, fingerprint).write(team, job.workers)
+        provenance = {**job.provenance, "split": side, "left_out": dict(left_out)}
+        team.together(lambda: _finish_side(job, corpus / side, shards, provenance) if team.rank == 0 else None)  # noqa: B023 (called at once)
+    team.together(lambda: _copy_tokenizer(job.tokenizer, corpus / "tokenizer") if team.rank == 0 else None)
+    return corpus
 
 
-class _Side:
-    """One of the two streams being written."""
-
-    def __init__(self, stack: ExitStack, folder: Path, tokenizer: Tokenizer, options: Options):
-        self.folder = folder
-        self.documents = 0
-        self._writer = stack.enter_context(
-            ShardWriter(
-                folder,
-                vocab_size=tokenizer.vocab_size,
-                eos_id=tokenizer.eos_id,
-                tokenizer=tokenizer.info,
-                block_tokens=options.block_tokens,
-                shard_tokens=options.shard_tokens,
-            )
+def _record(folder: PartFolder, part: Part) -> PartRecord:
+    record = folder.find(part)
+    if record is None:
+        raise UserError(
+            f"{folder.path(part.number, 'json')}: not there or damaged although its rank has finished; ranks on several hosts need"
+            " an output on a file system that all of them share"
         )
+    return record
 
-    def add(self, piece: Piece) -> None:
-        self.documents += len(piece.ends)
-        self._writer.add(piece)
 
-    def finish(self, source: dict[str, Any]) -> None:
-        if self.documents:
-            self._writer.finish(source)
-        else:
-            self.folder.rmdir()
+def _finish_side(job: _Job, folder: Path, shards: list[Shard], source: dict[str, Any]) -> None:
+    """Writes the index of a side, and removes what an earlier build with other input left beside its shards."""
+    known = {shard.file for shard in shards}
+    with suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            if path.name not in known:
+                path.unlink()
+    if not shards:
+        with suppress(FileNotFoundError):
+            folder.rmdir()
+        return
+    Index(
+        location=str(folder),
+        dtype=token_dtype(job.tokenizer.vocab_size),
+        vocab_size=job.tokenizer.vocab_size,
+        eos_id=job.tokenizer.eos_id,
+        block_tokens=job.options.block_tokens,
+        tokenizer=job.tokenizer.info,
+        shards=tuple(shards),
+        source=source,
+    ).write()
+
+
+def _publish(corpus: Path, output: Path) -> None:
+    """The one rename that makes the output."""
+    with named_errors(output):
+        sync_folder(corpus)
+        os.rename(corpus, output)
+        sync_folder(output.absolute().parent)
 
 
 def _empty_message(sources: list[Source], held_out: int, left_out: Counter[str]) -> str:
@@ -220,7 +287,7 @@ def _empty_message(sources: list[Source], held_out: int, left_out: Counter[str])
 def _copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Puts the tokenizer's files beside the shards, so that the corpus is complete by itself."""
     with named_errors(folder):
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         for file in tokenizer.files:
             shutil.copyfile(file, folder / file.name)
             with open(folder / file.name, "rb") as copied:
@@ -230,8 +297,8 @@ def _copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 class _Progress:
     """A bar over the bytes of the inputs that also tells the tokens made, their rate and the time left."""
 
-    def __init__(self, total_bytes: int, *, shown: bool):
-        self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenising", disable=not shown, dynamic_ncols=True)
+    def __init__(self, title: str, total_bytes: int, *, shown: bool):
+        self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=title, disable=not shown, dynamic_ncols=True)
         self._tokens = 0
         self._start = time.monotonic()
 
@@ -240,6 +307,11 @@ class _Progress:
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()
+
+    def skip(self, done: int) -> None:
+        """Counts bytes that an earlier build has done; they do not count in the rate."""
+        self._bar.initial = done
+        self._bar.update(done)
 
     def advance(self, consumed: int, tokens: int) -> None:
         self._tokens += tokens
@@ -267,7 +339,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--block-tokens", type=int, help="tokens of a block")
     parser.add_argument("--shard-tokens", type=int, help="tokens of a shard, a multiple of the block's")
     parser.add_argument("--seed", type=int, help="of the held-out split")
-    parser.add_argument("--workers", type=int, help="processes that tokenise (all cores if not given)")
+    parser.add_argument(
+        "--deduplicate", action=argparse.BooleanOptionalAction, help="keep only the first of documents with the same text"
+    )
+    parser.add_argument("--workers", type=int, help="processes that tokenise, of each rank (its cores if not given)")
+    parser.add_argument(
+        "--part-bytes",
+        type=int,
+        default=PART_BYTES,
+        help="input that a rank takes at a time and an interrupted build keeps; does not change the output",
+    )
     parser.set_defaults(**defaults)
     return parser
 
@@ -284,17 +365,39 @@ def _report(result: Result, output: Path, options: Options) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """The command line; returns the exit code. Under mpirun or srun rank 0 speaks for all."""
     given = _parser().parse_args(arguments)
+    rank = 0
     try:
         options = Options(**{field.name: getattr(given, field.name) for field in fields(Options)})
         if given.workers is not None and given.workers < 1:
             raise UserError(f"--workers is {given.workers}, expected at least 1")
-        _report(build(given.inputs, given.tokenizer, given.output, options, workers=given.workers), given.output, options)
+        if given.part_bytes < 1:
+            raise UserError(f"--part-bytes is {given.part_bytes}, expected at least 1")
+        team = find_team()
+        rank = team.rank
+        result = build(
+            given.inputs,
+            given.tokenizer,
+            given.output,
+            options,
+            workers=given.workers,
+            part_bytes=given.part_bytes,
+            team=team,
+        )
+        if rank == 0:
+            _report(result, given.output, options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return _end(rank, f"error: {error}", EXIT_BAD_INPUT)
+    except (Interrupted, KeyboardInterrupt):
+        return _end(rank, "interrupted; finished parts are kept: the same command goes on from them", EXIT_STOPPED)
     return EXIT_OK
+
+
+def _end(rank: int, message: str, code: int) -> int:
+    if rank == 0:
+        print(message, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -46,18 +46,37 @@ class Source(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One document before parsing: its line or row in the file, from 1, and its bytes (None: a null in a table)."""
+    """One document before parsing: its line in the stretch or row in the file, from 1, and its bytes (None: a null in a table)."""
 
     number: int
     content: bytes | None
 
 
-class Chunk(NamedTuple):
-    """Some records of one file, and how many bytes of the file as stored they used up."""
+class Stretch(NamedTuple):
+    """A part of one file: the records that begin in its bytes start … stop - 1 as stored, or the row groups of a table.
+
+    Attributes:
+        row_groups: (first, last + 1) of a table, whose bytes are then those of these groups; None for other files.
+    """
 
     source: Source
+    start: int
+    stop: int
+    row_groups: tuple[int, int] | None = None
+
+
+class Chunk(NamedTuple):
+    """Some records of one stretch, and how many bytes of the file as stored they used up.
+
+    Attributes:
+        part, closes_part: which part of the build it belongs to, and whether it is the part's last chunk.
+    """
+
+    stretch: Stretch
     records: list[Record]
     consumed: int
+    part: int = 0
+    closes_part: bool = False
 
 
 class BadRecord(Exception):
@@ -92,23 +111,55 @@ def find_sources(inputs: Iterable[str | Path]) -> list[Source]:
     return sources
 
 
-def read_chunks(source: Source, *, text_field: str, txt_split: str) -> Iterator[Chunk]:
-    """Cuts a file into chunks of about a megabyte of whole records.
+def find_stretches(source: Source, size: int) -> Iterator[Stretch]:
+    """A file in stretches of about `size` bytes where it can be entered in its middle (lines, tables), else in one.
+
+    Raises:
+        UserError: a table whose end, which tells its row groups, is damaged.
+    """
+    total = source.path.stat().st_size
+    if source.kind == ".parquet":
+        yield from _table_stretches(source, size)
+    elif source.path.suffix == ".jsonl":
+        for start in range(0, max(1, total), size):
+            yield Stretch(source, start, min(start + size, total))
+    else:
+        yield Stretch(source, 0, total)
+
+
+def _table_stretches(source: Source, size: int) -> Iterator[Stretch]:
+    with _damage_named(source.path), _open_table(source.path) as table:
+        sizes = [
+            sum(table.metadata.row_group(g).column(c).total_compressed_size for c in range(table.metadata.num_columns))
+            for g in range(table.num_row_groups)
+        ]
+    first = start = position = 0
+    for group, group_size in enumerate(sizes, 1):
+        position += group_size
+        if position - start >= size or group == len(sizes):
+            yield Stretch(source, start, position, (first, group))
+            first, start = group, position
+    if not sizes:
+        yield Stretch(source, 0, 0, (0, 0))
+
+
+def read_chunks(stretch: Stretch, *, text_field: str, txt_split: str) -> Iterator[Chunk]:
+    """Cuts a stretch into chunks of about a megabyte of whole records; at least one chunk.
 
     Raises:
         UserError: the file is damaged (compression, table) or has no column `text_field`.
     """
-    size, done = source.path.stat().st_size, 0
+    source, size, done = stretch.source, stretch.stop - stretch.start, 0
     batch: list[Record] = []
     batch_bytes = 0
     with _damage_named(source.path):
-        for record, position in _records(source, text_field, txt_split):
+        for record, position in _records(stretch, text_field, txt_split):
             batch.append(record)
             batch_bytes += len(record.content or b"")
             if batch_bytes >= _CHUNK_BYTES:
-                yield Chunk(source, batch, position - done)
+                yield Chunk(stretch, batch, position - done)
                 batch, batch_bytes, done = [], 0, position
-    yield Chunk(source, batch, size - done)
+    yield Chunk(stretch, batch, size - done)
 
 
 def to_text(source: Source, record: Record, text_field: str) -> str:
@@ -124,6 +175,16 @@ def to_text(source: Source, record: Record, text_field: str) -> str:
     except UnicodeDecodeError as error:
         raise BadRecord(f"not UTF-8 ({error.reason})", record.content[: error.start].count(b"\n")) from None
     return _field_of_line(text, text_field) if source.kind == ".jsonl" else text
+
+
+def record_name(chunk: Chunk, record: Record, lines: int) -> str:
+    """Where a record lies, for messages: the file, and the line (`lines` further in) or row counted from the file's start."""
+    source, start = chunk.stretch.source, chunk.stretch.start
+    skipped = 0
+    if source.kind == ".jsonl" and start:
+        with open(source.path, "rb") as file:
+            skipped = sum(1 for _ in _lines_from(file, 0, start))
+    return f"{source.path}, {source.unit} {skipped + record.number + lines}"
 
 
 def _field_of_line(line: str, text_field: str) -> str:
@@ -145,14 +206,19 @@ def _field_of_line(line: str, text_field: str) -> str:
     return text
 
 
-def _records(source: Source, text_field: str, txt_split: str) -> Iterator[tuple[Record, int]]:
-    """Records of a file, each with the position in the stored file after it."""
-    if source.kind == ".parquet":
-        yield from _parquet_records(source.path, text_field)
+def _records(stretch: Stretch, text_field: str, txt_split: str) -> Iterator[tuple[Record, int]]:
+    """Records of a stretch, each with how much of it as stored is behind its end."""
+    source = stretch.source
+    if stretch.row_groups is not None:
+        yield from _parquet_records(stretch, text_field)
         return
     with open(source.path, "rb") as stored, _decompressed(source.path, stored) as file:
+        if source.path.suffix == ".jsonl":
+            for record in _line_records(_lines_from(file, stretch.start, stretch.stop), stretch.start == 0):
+                yield record, min(stored.tell(), stretch.stop) - stretch.start
+            return
         if source.kind == ".jsonl":
-            found = _line_records(file)
+            found = _line_records(file, True)
         elif txt_split == "paragraph":
             found = _paragraph_records(file)
         else:
@@ -161,9 +227,20 @@ def _records(source: Source, text_field: str, txt_split: str) -> Iterator[tuple[
             yield record, stored.tell()
 
 
-def _line_records(file: IO[bytes]) -> Iterator[Record]:
-    for number, line in enumerate(file, 1):
-        content = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+def _lines_from(file: IO[bytes], start: int, stop: int) -> Iterator[bytes]:
+    """The lines that begin at the positions start … stop - 1."""
+    position = start
+    if start:
+        file.seek(start - 1)
+        position += len(file.readline()) - 1  # the rest of a line that began before, or the end of the one just before
+    while position < stop and (line := file.readline()):
+        position += len(line)
+        yield line
+
+
+def _line_records(lines: Iterable[bytes], from_start: bool) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
+        content = line.removeprefix(_BYTE_ORDER_MARK) if from_start and number == 1 else line
         if content.strip():
             yield Record(number, content)
 
@@ -183,27 +260,43 @@ def _paragraph_records(file: IO[bytes]) -> Iterator[Record]:
         yield Record(number + 1 - len(lines), b"".join(lines).rstrip())
 
 
-def _parquet_records(path: Path, text_field: str) -> Iterator[tuple[Record, int]]:
+def _open_table(path: Path) -> Any:
     with _library_named(path):
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-    size = path.stat().st_size
-    with pq.ParquetFile(path) as table:
-        if text_field not in table.schema_arrow.names:
-            raise UserError(
-                f"{path}: no column {text_field!r} (there are: {', '.join(table.schema_arrow.names)}); see --text-field"
-            )
-        kind = table.schema_arrow.field(text_field).type
-        if kind not in (pa.string(), pa.large_string()):
-            raise UserError(f"{path}: column {text_field!r} is of type {kind}, expected string")
-        number = 0
-        for group in range(table.num_row_groups):
+    return pq.ParquetFile(path)
+
+
+def _parquet_records(stretch: Stretch, text_field: str) -> Iterator[tuple[Record, int]]:
+    path = stretch.source.path
+    first, last = stretch.row_groups or (0, 0)
+    with _open_table(path) as table:
+        _check_column(path, table.schema_arrow, text_field)
+        rows = [table.metadata.row_group(group).num_rows for group in range(last)]
+        number, wanted = sum(rows[:first]), max(1, sum(rows[first:]))
+        for group in range(first, last):
             with _damage_named(path, f"row group {group}: "):
-                for batch in table.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[text_field]):
-                    for value in batch.column(0).cast(pa.large_binary()).to_pylist():  # bytes: we look at the UTF-8 ourselves
-                        number += 1
-                        yield Record(number, value), size * number // table.metadata.num_rows
+                for value in _group_values(table, group, text_field):
+                    number += 1
+                    yield Record(number, value), (stretch.stop - stretch.start) * (number - sum(rows[:first])) // wanted
+
+
+def _check_column(path: Path, schema: Any, text_field: str) -> None:
+    import pyarrow as pa
+
+    if text_field not in schema.names:
+        raise UserError(f"{path}: no column {text_field!r} (there are: {', '.join(schema.names)}); see --text-field")
+    kind = schema.field(text_field).type
+    if kind not in (pa.string(), pa.large_string()):
+        raise UserError(f"{path}: column {text_field!r} is of type {kind}, expected string")
+
+
+def _group_values(table: Any, group: int, text_field: str) -> Iterator[bytes | None]:
+    """The texts of a row group as bytes: we look at the UTF-8 ourselves."""
+    import pyarrow as pa
+
+    for batch in table.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[text_field]):
+        yield from batch.column(0).cast(pa.large_binary()).to_pylist()
 
 
 @contextmanager

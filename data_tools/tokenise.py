@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -13,12 +14,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.sources import TXT_SPLITS, BadRecord, Chunk, to_text
-from megarat.data.format import DEFAULT_BLOCK_TOKENS, DEFAULT_SHARD_TOKENS, Piece, join_documents, token_dtype
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.sources import TXT_SPLITS, BadRecord, Chunk, record_name, to_text
+from megarat.data.format import DEFAULT_BLOCK_TOKENS, DEFAULT_SHARD_TOKENS, IntArray, TokenArray, join_documents, token_dtype
 from megarat.data.tokenizer import Tokenizer, load_tokenizer
 from megarat.errors import UserError
 
 BAD_LINES = ("error", "skip")
+SIDES = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Options:
         block_tokens: tokens of a block.
         shard_tokens: tokens of a shard, a multiple of `block_tokens`.
         seed: of the held-out split.
+        deduplicate: keep only the first of documents with exactly the same text. Equal documents are on one side in any case.
     """
 
     held_out: float = 0.005
@@ -42,6 +48,7 @@ class Options:
     block_tokens: int = DEFAULT_BLOCK_TOKENS
     shard_tokens: int = DEFAULT_SHARD_TOKENS
     seed: int = 0
+    deduplicate: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -51,13 +58,23 @@ class Options:
                 raise UserError(f"--{name} is {value!r}, expected one of {', '.join(allowed)}")
 
 
+class Documents(NamedTuple):
+    """Whole documents, each closed by EOS."""
+
+    tokens: TokenArray  # (n,)
+    lengths: IntArray  # (documents,) with EOS
+    digests: npt.NDArray[np.uint64]  # (documents, 2) hash of each text, or (0, 2) when nobody asks for it
+
+
 class Tokenised(NamedTuple):
     """One chunk after a worker: its documents by side, how many records were left out and why, bytes of the file used up."""
 
-    train: Piece
-    validation: Piece
+    train: Documents
+    validation: Documents
     left_out: Counter[str]
     consumed: int
+    part: int
+    closes_part: bool
 
 
 class Worker:
@@ -75,23 +92,31 @@ class Worker:
             UserError: a malformed record, named by file and line, unless such are skipped.
         """
         texts, left_out = self._parse(chunk)
-        train: list[list[int]] = []
-        validation: list[list[int]] = []
+        train: list[tuple[str, list[int]]] = []
+        validation: list[tuple[str, list[int]]] = []
         for text, ids in zip(texts, self._tokenizer.encode(texts), strict=True):
-            (validation if self._is_held_out(text) else train).append(ids)
-        train_piece, validation_piece = (join_documents(d, self._tokenizer.eos_id, self._dtype) for d in (train, validation))
-        return Tokenised(train_piece, validation_piece, left_out, chunk.consumed)
+            (validation if self._is_held_out(text) else train).append((text, ids))
+        return Tokenised(self._join(train), self._join(validation), left_out, chunk.consumed, chunk.part, chunk.closes_part)
+
+    def _join(self, documents: list[tuple[str, list[int]]]) -> Documents:
+        tokens, ends = join_documents((ids for _, ids in documents), self._tokenizer.eos_id, self._dtype)
+        if len(tokens) and int(tokens.max()) >= self._tokenizer.vocab_size:
+            raise UserError(
+                f"{self._tokenizer.file}: the tokenizer gave id {tokens.max()}, outside its vocabulary of {self._tokenizer.vocab_size}"
+            )
+        digests = b"".join(_digest(text) for text, _ in documents) if self._options.deduplicate else b""
+        return Documents(tokens, np.diff(ends, prepend=0), np.frombuffer(digests, "<u8").reshape(-1, 2))
 
     def _parse(self, chunk: Chunk) -> tuple[list[str], Counter[str]]:
         texts: list[str] = []
         left_out: Counter[str] = Counter()
         for record in chunk.records:
             try:
-                text = to_text(chunk.source, record, self._options.text_field)
+                text = to_text(chunk.stretch.source, record, self._options.text_field)
             except BadRecord as fault:
                 if self._options.bad_lines == "error":
                     raise UserError(
-                        f"{chunk.source.path}, {chunk.source.unit} {record.number + fault.lines}: {fault};"
+                        f"{record_name(chunk, record, fault.lines)}: {fault};"
                         " correct it, or leave such records out with --bad-lines skip"
                     ) from None
                 left_out["malformed"] += 1
@@ -108,7 +133,12 @@ class Worker:
         return int.from_bytes(digest, "little") < self._options.held_out * 2**64
 
 
-def tokenise(chunks: Iterator[Chunk], tokenizer: Tokenizer, options: Options, workers: int) -> Iterator[Tokenised]:
+def _digest(text: str) -> bytes:
+    """128 bits: with a billion documents, two different texts share them with a chance of 2e-21."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def tokenise(chunks: Iterator[Chunk], tokenizer: Tokenizer, options: Options, workers: int) -> Generator[Tokenised]:
     """Tokenised chunks in the order of the chunks. One worker means this process.
 
     Raises:
@@ -117,14 +147,28 @@ def tokenise(chunks: Iterator[Chunk], tokenizer: Tokenizer, options: Options, wo
     if workers == 1:
         yield from map(Worker(tokenizer, options), chunks)
         return
-    # spawned, not forked: the parent may hold threads (the Rust tokenizers', torch's) that a fork would leave locked
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_process, (tokenizer.file, options))
+    pool = _start_pool(workers, tokenizer, options)
     try:
         yield from _ordered(pool, chunks, waiting=2 * workers + 2)
     except BrokenProcessPool:
         raise UserError("a tokenising process was killed, perhaps for want of memory: use fewer --workers") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_pool(workers: int, tokenizer: Tokenizer, options: Options) -> Executor:
+    """Processes that neither Ctrl-C nor a signal to the whole job reaches: they finish their chunk, and the parent ends them.
+
+    They are spawned, not forked: the parent may hold threads (the Rust tokenizers', torch's) that a fork would leave locked.
+    """
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_process, (tokenizer.file, options))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited, until they can ignore it
+    try:
+        for _ in range(workers):
+            pool.submit(os.getpid)  # each makes the pool start one process
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return pool
 
 
 def _ordered(pool: Executor, chunks: Iterator[Chunk], waiting: int) -> Iterator[Tokenised]:
@@ -143,6 +187,8 @@ _worker: Worker | None = None  # of a tokenising process, made once when the pro
 
 def _start_process(tokenizer: Path, options: Options) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker = Worker(load_tokenizer(tokenizer), options)
 

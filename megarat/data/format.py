@@ -177,7 +177,7 @@ class Index:
             "tokenizer": self.tokenizer._asdict(),
             "total_tokens": self.total_tokens,
             "total_documents": self.total_documents,
-            "shards": [_shard_to_json(shard) for shard in self.shards],
+            "shards": [shard_to_json(shard) for shard in self.shards],
             "source": self.source,
         }
 
@@ -332,6 +332,24 @@ class ShardWriter:
             self._open = None
 
 
+def write_shard(path: Path, piece: Piece, block_tokens: int) -> Shard:
+    """Writes one shard, whole: under another name until it is on disk.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    shard = _OpenShard(path)
+    try:
+        for start in range(0, len(piece.tokens), block_tokens):
+            stop = min(start + block_tokens, len(piece.tokens))
+            first, last = np.searchsorted(piece.ends, [start, stop], side="right")  # an end e is inside when start < e <= stop
+            shard.write_block(piece.tokens[start:stop], piece.ends[first:last] - start)
+        return shard.close()
+    except BaseException:
+        shard.abandon()
+        raise
+
+
 class _OpenShard:
     """A tar being written under its staging name."""
 
@@ -441,7 +459,8 @@ def named_errors(path: Path, action: str = "written") -> Iterator[None]:
         raise UserError(f"{path}: cannot be {action}: {error.strerror}") from error
 
 
-def _shard_to_json(shard: Shard) -> dict[str, Any]:
+def shard_to_json(shard: Shard) -> dict[str, Any]:
+    """An entry of the index."""
     return {
         "file": shard.file,
         "bytes": shard.bytes,
@@ -451,6 +470,11 @@ def _shard_to_json(shard: Shard) -> dict[str, Any]:
         "offsets": _to_hex(np.diff(shard.offsets, prepend=0)),
         "crc32": _to_hex(shard.crc32),
     }
+
+
+def shard_from_json(values: dict[str, Any], name: str, block_tokens: int, dtype: np.dtype[Any]) -> Shard:
+    """A shard from its entry of an index; `name` is the file it was found in. Raises UserError if it contradicts itself."""
+    return _parse_shard(_Fields(name, "shard.", values), block_tokens, dtype.itemsize)
 
 
 def _to_hex(values: npt.NDArray[Any]) -> str:

@@ -310,7 +310,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_behind(tmp_path: Path, to
         check=False,
     )
     assert done.returncode == 2
-    assert "000000.tar: cannot be written: File too large" in done.stderr and "Traceback" not in done.stderr
+    assert "00000.train.tokens: cannot be written: File too large" in done.stderr and "Traceback" not in done.stderr
     assert_nothing_left(tmp_path, beside={"a.jsonl"})
 
 
