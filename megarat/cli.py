@@ -72,13 +72,19 @@ def _add_eval(verbs: Any) -> None:
     parser = verbs.add_parser("eval", help="evaluate a checkpoint under one or more patterns")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint or run folder")
     parser.add_argument("--pattern", action="append", default=[], help=f"{_PATTERN_HELP}; repeatable")
-    parser.add_argument("--tasks", default="ppl", help="comma-separated; this version has 'ppl' (held-out loss and perplexity)")
+    parser.add_argument(
+        "--tasks", default="ppl", help="comma-separated: 'ppl' (held-out loss), 'needle' (RULER's eight) or 'needle:single_1,…'"
+    )
     parser.add_argument("--out", metavar="DIR", help="write results.json there")
     parser.add_argument("--shards", help="data to score (default: the run's own data.shards)")
     parser.add_argument("--split", default="validation", help="train or validation")
     parser.add_argument("--sequence-length", type=_positive, help="tokens of a sequence (default: as trained)")
     parser.add_argument("--micro-batch", type=_positive, default=8, help="sequences at a time")
-    parser.add_argument("--limit-tokens", type=_positive, help="score at most this many tokens")
+    parser.add_argument("--limit-tokens", type=_positive, help="ppl: score at most this many tokens")
+    parser.add_argument("--samples", type=_positive, default=100, help="needle: prompts a task")
+    parser.add_argument("--seed", type=int, default=0, help="needle: seed of the prompts")
+    parser.add_argument("--needle-text", metavar="FILE", help="needle: a text to hide needles in (default: made-up sentences)")
+    parser.add_argument("--tokenizer", help="tokenizer file or folder (default: the one stored with the checkpoint)")
     _add_device(parser)
     parser.set_defaults(run=_eval)
 
@@ -163,6 +169,10 @@ def _eval(arguments: argparse.Namespace) -> None:
         sequence_length=arguments.sequence_length,
         micro_batch=arguments.micro_batch,
         limit_tokens=arguments.limit_tokens,
+        samples=arguments.samples,
+        seed=arguments.seed,
+        needle_text=arguments.needle_text,
+        tokenizer=arguments.tokenizer,
         device=arguments.device,
         precision=arguments.precision,
     )

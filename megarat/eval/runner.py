@@ -18,12 +18,15 @@ from megarat.data.loader import evaluation_batches
 from megarat.data.reader import TokenReader, check_vocabulary
 from megarat.data.store import join
 from megarat.errors import UserError
+from megarat.eval.needle import ANSWER_TOKENS, NeedleMaker, read_essay
 from megarat.eval.perplexity import PatternScore, score_patterns
+from megarat.eval.retrieval import NeedleScore, prompts_of, score_needle
+from megarat.eval.tasks import parse_tasks
 from megarat.infer.load import LoadedModel, load
+from megarat.infer.text import find_tokenizer
 from megarat.model.pattern import PatternSpec
 
 RESULTS_SCHEMA = 1
-TASKS = ("ppl",)
 SPLITS = ("train", "validation")
 
 
@@ -38,6 +41,10 @@ class EvalSettings:
     sequence_length: int | None = None
     micro_batch: int = 8
     limit_tokens: int | None = None
+    samples: int = 100  # of each needle task
+    seed: int = 0  # of the needle tasks
+    needle_text: str | None = None  # a text whose sentences are the haystack; None: made-up ones
+    tokenizer: str | None = None
     device: str | None = None
     precision: str | None = None
     progress: bool = True
@@ -45,15 +52,17 @@ class EvalSettings:
 
 def evaluate(checkpoint: str | Path, settings: EvalSettings) -> dict[str, Any]:
     """Results of every task and pattern as plain values (the schema is in ``docs/evaluation.md``)."""
-    unknown = [task for task in settings.tasks if task not in TASKS]
-    if unknown:
-        raise UserError(f"--tasks: unknown task {unknown[0]!r}; this version has {', '.join(TASKS)}")
+    tasks = parse_tasks(settings.tasks)
     patterns = list(settings.patterns) or ["dense"]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[settings.precision]
     model = load(checkpoint, patterns[0], settings.device, dtype)
     state = checkpoints.load_state(model.checkpoint)
     length = settings.sequence_length or state.config.data.sequence_length
-    scores = _perplexity(model, patterns, settings.shards or state.config.data.primary, length, settings)
+    rows: dict[str, Sequence[PatternScore | NeedleScore]] = {}
+    if "ppl" in tasks:
+        rows["ppl"] = _perplexity(model, patterns, settings.shards or state.config.data.primary, length, settings)
+    if "needle" in tasks:
+        rows["needle"] = _needle(model, patterns, tasks["needle"], length, settings)
     return {
         "schema": RESULTS_SCHEMA,
         "megarat": megarat.__version__,
@@ -62,7 +71,7 @@ def evaluate(checkpoint: str | Path, settings: EvalSettings) -> dict[str, Any]:
         "device": str(model.device),
         "dtype": str(model.lm.embedding.weight.dtype).removeprefix("torch."),
         "sequence_length": length,
-        "tasks": {"ppl": [score.to_dict() for score in scores]},
+        "tasks": {task: [row.to_dict() for row in task_rows] for task, task_rows in rows.items()},
     }
 
 
@@ -78,6 +87,22 @@ def _perplexity(
     total = min(reader.num_tokens, settings.limit_tokens or reader.num_tokens) // length * length
     with tqdm(total=total, desc="perplexity", unit="tok", unit_scale=True, disable=not settings.progress) as bar:
         return score_patterns(model.lm, resolved, _counted(batches, bar), length)
+
+
+def _needle(
+    model: LoadedModel, patterns: list[PatternSpec], tasks: Sequence[str], length: int, settings: EvalSettings
+) -> list[NeedleScore]:
+    tokenizer = find_tokenizer(model, settings.tokenizer)
+    essay = read_essay(settings.needle_text) if settings.needle_text else None
+    maker = NeedleMaker(tokenizer, length - ANSWER_TOKENS, seed=settings.seed, essay=essay)
+    resolved = [model.resolve(pattern) for pattern in patterns]
+    rows: list[NeedleScore] = []
+    total = len(tasks) * len(patterns) * settings.samples
+    with tqdm(total=total, desc="needle", unit="prompt", disable=not settings.progress) as bar:
+        for task in tasks:
+            prompts = prompts_of(maker, tokenizer, task, settings.samples, model.config.vocab)
+            rows += score_needle(model.lm, resolved, task, prompts, tokenizer, settings.micro_batch, bar.update)
+    return rows
 
 
 def _counted(batches: Iterator[tuple[Tensor, Tensor]], bar: tqdm[Any]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -98,12 +123,27 @@ def write_results(results: dict[str, Any], folder: str | Path) -> Path:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The perplexity rows as a Markdown table."""
+    """All rows as Markdown, one table a task."""
+    tables = {"ppl": _perplexity_table, "needle": _needle_table}
+    return "\n\n".join(tables[task](rows) for task, rows in results["tasks"].items())
+
+
+def _perplexity_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| pattern | loss (nats) | perplexity | tokens | KV cache per sequence |", "|---|---:|---:|---:|---:|"]
     lines += [
         f"| {row['pattern']} | {row['loss']:.4f} | {row['perplexity']:.2f} | {row['tokens']:,} | {human_bytes(row['cache_bytes_per_sequence'])} |"
-        for row in results["tasks"]["ppl"]
+        for row in rows
     ]
+    return "\n".join(lines)
+
+
+def _needle_table(rows: list[dict[str, Any]]) -> str:
+    """A line a pattern, a column a task: accuracy in percent by RULER's metric / by the exact one."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    cells = {(row["pattern"], row["task"]): f"{100 * row['ruler']:.1f} / {100 * row['exact']:.1f}" for row in rows}
+    caches = {row["pattern"]: human_bytes(row["cache_bytes_per_sequence"]) for row in rows}
+    lines = [f"| needle, % (RULER / exact) | {' | '.join(tasks)} | KV cache per sequence |", "|---|" + "---:|" * (len(tasks) + 1)]
+    lines += [f"| {pattern} | {' | '.join(cells[pattern, task] for task in tasks)} | {caches[pattern]} |" for pattern in caches]
     return "\n".join(lines)
 
 
