@@ -67,14 +67,14 @@ def summed(x: Tensor, group: ProcessGroup | None) -> Tensor:
 
 def _gathered(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     slices = x.new_empty((size(group), *x.shape))
-    distributed.all_gather_into_tensor(slices, x.contiguous(), group=group)
+    distributed.all_gather_into_tensor(slices.flatten(0, 1), x.contiguous(), group=group)
     return slices.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _reduce_scattered(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     slices = x.unflatten(dim, (size(group), -1)).movedim(dim, 0).contiguous()
     own = torch.empty_like(slices[0])
-    distributed.reduce_scatter_tensor(own, slices, group=group)
+    distributed.reduce_scatter_tensor(own, slices.flatten(0, 1), group=group)
     return own
 
 

@@ -42,6 +42,13 @@ NamedState = dict[str, dict[str, Tensor]]  # kind -> logical name -> fp32 tensor
 
 MASTER, FIRST_MOMENT, SECOND_MOMENT = STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
+_LAZY_MODULES = (  # that DeepSpeed imports when an engine is built
+    "torch._dynamo",
+    "deepspeed.runtime.bf16_optimizer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.stage_1_and_2",
+)
 _BUCKET_ELEMENTS = 500_000_000  # gradients reduced, or weights gathered, at a time (DeepSpeed's own default)
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -303,6 +310,13 @@ def _import_deepspeed(device: torch.device) -> Any:
     for message in (r"`torch.distributed.\w+` is deprecated", r"barrier\(\): using the device under current context"):
         warnings.filterwarnings("ignore", message)  # of calls that DeepSpeed makes
     return deepspeed
+
+
+def warm_up() -> None:
+    """Import everything an engine on CPUs needs, so that processes forked from this one have it."""
+    _import_deepspeed(torch.device("cpu"))
+    for module in _LAZY_MODULES:
+        importlib.import_module(module)
 
 
 class _ModelParallelUnit:

@@ -1,0 +1,107 @@
+"""The invariance gate holds on worlds of 1, 2 and 4 ranks, and catches planted bugs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megarat.engine import Engine
+from megarat.mesh import Shape
+from megarat.parallel import invariance, worlds
+from megarat.parallel.invariance import Case
+
+DATA, TENSOR = Shape(data=2), Shape(tensor=2)
+
+
+def selection(world_size: int) -> list[Case]:
+    """Each mesh, ZeRO stage and sequence switch once; micro-batch sizes in turn."""
+    chosen: dict[tuple, Case] = {}
+    for index, case in enumerate(invariance.cases(world_size)):
+        chosen.setdefault(case[:3], case)
+        if index % 3 == 1:
+            chosen[case[:3]] = case
+    return list(chosen.values())
+
+
+def failures(verdicts, chosen) -> list[str]:
+    return [f"{verdict} {case}" for verdict, case in zip(verdicts, chosen, strict=True) if not verdict.holds]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_mesh_computes_what_one_process_of_plain_pytorch_does(world_size):
+    chosen = selection(world_size)
+    verdicts = worlds.run(world_size, invariance.judge, chosen, 3)
+    assert all(rank == verdicts[0] for rank in verdicts)  # every rank sees the same numbers
+    assert not failures(verdicts[0], chosen)
+
+
+def test_the_selection_covers_every_axis():
+    for world_size in (2, 4):
+        every, chosen = list(invariance.cases(world_size)), selection(world_size)
+        assert {case[:3] for case in chosen} == {case[:3] for case in every}
+        assert {case.micro_batch for case in chosen} == {1, 2}
+
+
+def scale_a_layer_by_the_accumulation(engine: Engine) -> None:
+    """Gradients of one stage divided once more by the number of micro-batches."""
+    for parameter in engine.model.blocks[1].parameters():
+        parameter.register_hook(lambda gradient: gradient / engine.micro_batches)
+
+
+def drop_the_last_micro_batch_of_other_ranks(engine: Engine) -> None:
+    """The last micro-batch misses the average over data ranks (its loss is still reported)."""
+    backward, calls = engine._engine.backward, [0]
+
+    def without_the_last(loss, *args, **kwargs):
+        calls[0] += 1
+        kept = engine.mesh.place.data == 0 or calls[0] % engine.micro_batches
+        return backward(loss if kept else loss * 0.0, *args, **kwargs)
+
+    engine._engine.backward = without_the_last
+
+
+def count_norms_on_every_tensor_rank(engine: Engine) -> None:
+    """Replicated parameters taken for sharded ones in the norm."""
+    for parameter in engine.model.parameters():
+        parameter.tensor_model_parallel = True
+
+
+def forget_to_sum_norm_weights_over_the_sequence(engine: Engine) -> None:
+    """With sequence parallelism each rank keeps the gradient of its own tokens."""
+    for module in engine.model.modules():
+        if hasattr(module, "eps"):
+            object.__setattr__(module, "ranks", type(module.ranks)(module.ranks.group, sequence=False))
+
+
+def shift_the_labels_of_one_rank(engine: Engine) -> None:
+    """One tensor rank believes its rows of the vocabulary begin one later."""
+    if engine.mesh.place.tensor == 1:
+        engine.model.embedding.first_row += 1
+
+
+@pytest.mark.parametrize(
+    ("case", "sabotage", "caught_by"),
+    [
+        (Case(DATA, False, 1, 2), scale_a_layer_by_the_accumulation, ("gradients", "norms", "weights")),
+        (Case(TENSOR, False, 1, 2), scale_a_layer_by_the_accumulation, ("gradients", "norms", "weights")),
+        (Case(DATA, False, 1, 2), drop_the_last_micro_batch_of_other_ranks, ("gradients", "norms", "weights")),
+        (Case(DATA, False, 2, 1), drop_the_last_micro_batch_of_other_ranks, ("gradients", "norms", "weights")),
+        (Case(DATA, False, 3, 2), drop_the_last_micro_batch_of_other_ranks, ("gradients", "norms", "weights")),
+        (Case(TENSOR, False, 1, 2), count_norms_on_every_tensor_rank, ("norms", "weights")),
+        (Case(TENSOR, False, 3, 2), count_norms_on_every_tensor_rank, ("norms", "weights")),
+        (Case(TENSOR, True, 1, 2), forget_to_sum_norm_weights_over_the_sequence, ("gradients", "norms", "weights")),
+        (Case(TENSOR, False, 2, 2), shift_the_labels_of_one_rank, ("gradients", "losses", "weights")),
+    ],
+)
+def test_the_gate_catches_a_planted_bug(case, sabotage, caught_by):
+    verdict = worlds.run(2, invariance.judge, [case], 0, "cpu", sabotage)[0][0]
+    assert not verdict.holds
+    for kind in caught_by:
+        assert getattr(verdict, kind) > 10 * invariance.TOLERANCE, kind
+
+
+def test_a_number_that_is_none_is_an_error():
+    good = invariance.reference(0)
+    bad = good._replace(weights=good.weights | {"norm.weight": good.weights["norm.weight"] * torch.nan})
+    assert invariance.compare(good, good).holds
+    assert not invariance.compare(bad, good).holds
