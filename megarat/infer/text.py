@@ -56,13 +56,17 @@ def continue_text(
     ids: list[int] = []
     shown = tokenizer.decode(prompt_ids)
 
-    def stream(next_B: Tensor) -> None:
+    def show(text: str) -> None:
         nonlocal shown
+        if out is not None:
+            print(text.removeprefix(shown), end="", flush=True, file=out)
+        shown = text
+
+    def stream(next_B: Tensor) -> None:
         ids.append(int(next_B[0]))
         text = tokenizer.decode([*prompt_ids, *ids])
-        if out is not None and not text.endswith("�"):  # half of a multi-byte character: wait for the rest
-            print(text.removeprefix(shown), end="", flush=True, file=out)
-            shown = text
+        if not text.endswith("�"):  # half of a multi-byte character: wait for the rest
+            show(text)
 
     prompt_BT = torch.tensor([prompt_ids], device=model.device)
     generate(
@@ -75,6 +79,7 @@ def continue_text(
         vocabulary=tokenizer.vocab_size,
         on_token=stream,
     )
+    show(tokenizer.decode([*prompt_ids, *ids]))  # what was still waited for
     return len(ids)
 
 
