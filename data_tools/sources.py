@@ -271,6 +271,7 @@ def _parquet_records(stretch: Stretch, text_field: str) -> Iterator[tuple[Record
     path = stretch.source.path
     first, last = stretch.row_groups or (0, 0)
     with _open_table(path) as table:
+        last = min(last, table.num_row_groups)
         _check_column(path, table.schema_arrow, text_field)
         rows = [table.metadata.row_group(group).num_rows for group in range(last)]
         number, wanted = sum(rows[:first]), max(1, sum(rows[first:]))

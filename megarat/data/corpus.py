@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megarat.config import Config, DataConfig
+from megarat.data.format import check_tokenizer_file
 from megarat.data.plan import BlendPlan, Plan, RandomOffsetPlan, ShuffledPlan
 from megarat.data.reader import BlendReader, Reader, TokenReader, check_vocabulary
 from megarat.data.store import Cache, default_cache_folder, join
@@ -38,13 +39,15 @@ def open_corpus(config: Config) -> Corpus:
     """Opens the training side of `data.shards`.
 
     Raises:
-        UserError: a bad corpus, ids that do not fit `model.vocab`, corpora of a blend with different tokenizers.
+        UserError: a bad corpus, ids that do not fit `model.vocab`, a tokenizer beside the shards that is not theirs, corpora of a
+            blend with different tokenizers.
     """
     data, cache = config.data, _cache(config.data)
     weights = data.shards if isinstance(data.shards, Mapping) else {data.shards: 1.0}
     readers = [TokenReader(join(location, "train"), cache) for location in weights]
     for reader in readers:
         check_vocabulary(reader.index, config.model.vocab)
+        check_tokenizer_file(reader.index)
     plans = [_plan(data, reader.num_tokens, config.train.seed + number) for number, reader in enumerate(readers)]
     parts = tuple(Part(reader.index.location, reader.num_tokens) for reader in readers)
     if len(readers) == 1:

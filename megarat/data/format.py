@@ -35,6 +35,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,18 +199,21 @@ class Index:
         return path
 
 
-def verify(folder: str | Path, progress: Progress = lambda done: None) -> Index:
-    """Hashes every shard of a corpus again.
+def verify(folder: str | Path, progress: Progress = lambda done: None, workers: int = 1) -> Index:
+    """Hashes every shard of a corpus again, and the tokenizer's file where the corpus carries it.
 
     Args:
         folder: where `index.json` and its shards lie.
         progress: called with the number of bytes just hashed.
+        workers: shards hashed at a time, by threads: hashing and reading both run outside the interpreter's lock.
 
     Raises:
         UserError: lists every shard that is missing, has another size or other contents.
     """
     index = Index.read(folder)
-    faults = [fault for shard in index.shards if (fault := _find_fault(index, shard, progress))]
+    with ThreadPoolExecutor(workers) as pool:
+        found = pool.map(lambda shard: _find_fault(index, shard, progress), index.shards)
+        faults = [fault for fault in (*found, _find_tokenizer_fault(index)) if fault]
     if faults:
         raise UserError("\n".join(faults))
     return index
@@ -225,6 +229,28 @@ def _find_fault(index: Index, shard: Shard, progress: Progress) -> str | None:
     if found != shard.sha256:
         return f"{path}: shard is damaged: SHA-256 {found}, {INDEX_NAME} says {shard.sha256}"
     return None
+
+
+def _find_tokenizer_fault(index: Index) -> str | None:
+    try:
+        check_tokenizer_file(index)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def check_tokenizer_file(index: Index) -> None:
+    """Refuses a corpus beside which lies another tokenizer than the one its shards were made with.
+
+    Raises:
+        UserError: the tokenizer's file in `folder/../tokenizer` has another hash than the index says.
+    """
+    file = index.folder.parent / "tokenizer" / index.tokenizer.name
+    if file.is_file() and (found := file_sha256(file)) != index.tokenizer.sha256:
+        raise UserError(
+            f"{file}: SHA-256 {found} is not that of the tokenizer the shards in {index.folder} were made with"
+            f" (SHA-256 {index.tokenizer.sha256}); restore the file"
+        )
 
 
 class Piece(NamedTuple):

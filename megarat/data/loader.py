@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -42,58 +43,12 @@ class PairBatch(NamedTuple):
     tokens: int
 
 
-class Loader:
-    """Pair n -> this rank's share of it, a pure function of n.
+class PairSource(ABC):
+    """Pair n -> this rank's share of it, a pure function of n."""
 
-    Pair n holds the positions n*G … n*G + G - 1 of the plan, G = `global_batch` sequences. Accumulation step a of data rank r takes
-    the `micro_batch` positions from n*G + (a * data_size + r) * micro_batch on: the ranks of one step lie side by side. With
-    `separate_documents` a micro-batch tells the document of each token, so that the model can keep them apart.
-
-    Raises:
-        UserError: `global_batch` is not a multiple of micro_batch * data_size.
-    """
-
-    def __init__(
-        self,
-        reader: Reader,
-        plan: Plan,
-        *,
-        sequence_length: int,
-        global_batch: int,
-        micro_batch: int,
-        data_rank: int = 0,
-        data_size: int = 1,
-        separate_documents: bool = False,
-    ):
-        if plan.sequence_length != sequence_length:
-            raise ValueError(f"plan of sequences of {plan.sequence_length} tokens in a loader of {sequence_length}")
-        if not 0 <= data_rank < data_size:
-            raise ValueError(f"data rank {data_rank} of {data_size}")
-        if micro_batch < 1 or global_batch < 1 or global_batch % (micro_batch * data_size):
-            raise UserError(
-                f"train.global_batch is {global_batch}, expected a multiple of train.micro_batch x data-parallel ranks ="
-                f" {micro_batch} x {data_size} = {micro_batch * data_size}"
-            )
-        self._reader, self._plan, self._separate_documents = reader, plan, separate_documents
-        self._sequence_length, self._global_batch, self._micro_batch = sequence_length, global_batch, micro_batch
-        steps = np.arange(global_batch // (micro_batch * data_size))
-        self._own = ((steps[:, None] * data_size + data_rank) * micro_batch + np.arange(micro_batch)).ravel()  # (steps * b,)
-
+    @abstractmethod
     def pair(self, n: int) -> PairBatch:
         """This rank's micro-batches of pair n."""
-        positions = n * self._global_batch + self._own
-        samples = read_samples(self._reader, self._plan, positions)
-        micro_batches = [
-            self._micro_batch_of(samples[i : i + self._micro_batch]) for i in range(0, len(samples), self._micro_batch)
-        ]
-        digest = sum(sample_digest(p, s) for p, s in zip(positions.tolist(), samples, strict=True)) % (1 << 64)
-        return PairBatch(micro_batches, digest, self._global_batch * self._sequence_length)
-
-    def _micro_batch_of(self, samples: TokenArray) -> MicroBatch:
-        inputs, labels = to_micro_batch(samples, self._reader.eos_id)
-        if not self._separate_documents:
-            return inputs, labels
-        return inputs, labels, number_documents(inputs, self._reader.eos_id)
 
     def iterate(self, first_pair: int, prefetch: int = 2) -> Iterator[PairBatch]:
         """Pairs first_pair, first_pair + 1, … without end, read by a thread up to `prefetch` pairs ahead.
@@ -125,6 +80,69 @@ class Loader:
             if isinstance(item, BaseException):
                 return
             n += 1
+
+
+class Loader(PairSource):
+    """Pair n -> this rank's share of it, a pure function of n.
+
+    Pair n holds the positions n*G … n*G + G - 1 of the plan, G = `global_batch` sequences. Accumulation step a of data rank r takes
+    the `micro_batch` positions from n*G + (a * data_size + r) * micro_batch on: the ranks of one step lie side by side. With
+    `separate_documents` a micro-batch tells the document of each token, so that the model can keep them apart.
+
+    Raises:
+        UserError: `global_batch` is not a multiple of micro_batch * data_size.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        plan: Plan,
+        *,
+        sequence_length: int,
+        global_batch: int,
+        micro_batch: int,
+        data_rank: int = 0,
+        data_size: int = 1,
+        separate_documents: bool = False,
+    ):
+        if plan.sequence_length != sequence_length:
+            raise ValueError(f"plan of sequences of {plan.sequence_length} tokens in a loader of {sequence_length}")
+        if not 0 <= data_rank < data_size:
+            raise ValueError(f"data rank {data_rank} of {data_size}")
+        self._reader, self._plan, self._separate_documents = reader, plan, separate_documents
+        self._sequence_length, self._global_batch, self._micro_batch = sequence_length, global_batch, micro_batch
+        self._own = own_samples(global_batch, micro_batch, data_rank, data_size)
+
+    def pair(self, n: int) -> PairBatch:
+        """This rank's micro-batches of pair n."""
+        positions = n * self._global_batch + self._own
+        samples = read_samples(self._reader, self._plan, positions)
+        micro_batches = [
+            self._micro_batch_of(samples[i : i + self._micro_batch]) for i in range(0, len(samples), self._micro_batch)
+        ]
+        digest = sum(sample_digest(p, s) for p, s in zip(positions.tolist(), samples, strict=True)) % (1 << 64)
+        return PairBatch(micro_batches, digest, self._global_batch * self._sequence_length)
+
+    def _micro_batch_of(self, samples: TokenArray) -> MicroBatch:
+        inputs, labels = to_micro_batch(samples, self._reader.eos_id)
+        if not self._separate_documents:
+            return inputs, labels
+        return inputs, labels, number_documents(inputs, self._reader.eos_id)
+
+
+def own_samples(global_batch: int, micro_batch: int, data_rank: int, data_size: int) -> np.ndarray:
+    """Which samples of a global batch are a rank's, (steps * b,), in the order of its micro-batches.
+
+    Raises:
+        UserError: `global_batch` is not a multiple of micro_batch * data_size.
+    """
+    if micro_batch < 1 or global_batch < 1 or global_batch % (micro_batch * data_size):
+        raise UserError(
+            f"train.global_batch is {global_batch}, expected a multiple of train.micro_batch x data-parallel ranks ="
+            f" {micro_batch} x {data_size} = {micro_batch * data_size}"
+        )
+    steps = np.arange(global_batch // (micro_batch * data_size))
+    return ((steps[:, None] * data_size + data_rank) * micro_batch + np.arange(micro_batch)).ravel()
 
 
 def _put(ready: queue.Queue[PairBatch | BaseException], item: PairBatch | BaseException, stop: threading.Event) -> None:

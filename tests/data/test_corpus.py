@@ -99,6 +99,13 @@ def test_corpora_of_different_tokenizers_do_not_blend(two: tuple[str, str]) -> N
         open_corpus(config_of({two[0]: 1, two[1]: 1}))
 
 
+def test_another_tokenizer_beside_the_shards_than_theirs_is_refused(two: tuple[str, str]) -> None:
+    (Path(two[0]) / "tokenizer").mkdir()
+    (Path(two[0]) / "tokenizer" / "test.model").write_text("another")
+    with pytest.raises(UserError, match=r"a/tokenizer/test\.model: SHA-256 .* is not that of the tokenizer the shards"):
+        open_corpus(config_of(two[0]))
+
+
 def test_the_budget_says_how_many_epochs_a_run_reads_and_holds_it_to_the_limit(two: tuple[str, str]) -> None:
     config = config_of({two[0]: 0.5, two[1]: 0.5}, pairs=100)
     corpus = open_corpus(config)
