@@ -58,6 +58,12 @@ def _add_adapt(verbs: Any) -> None:
         "--from", dest="parent", required=True, metavar="CHECKPOINT", help="checkpoint or run folder to start from"
     )
     parser.add_argument("--pattern", help=f"overrides attention.pattern: {_PATTERN_HELP}")
+    parser.add_argument(
+        "--task", help="overrides data.task: fine-tune on a task, 'needle' or 'needle:single_1,…', instead of the corpus"
+    )
+    parser.add_argument(
+        "--sparse-pass", action="store_true", help="keep the sparse pass of pretraining (attention.train_dilation)"
+    )
     parser.set_defaults(run=_adapt)
 
 
@@ -155,7 +161,9 @@ def _adapt(arguments: argparse.Namespace) -> None:
     overrides = list(arguments.overrides)
     if arguments.pattern:
         overrides.append(f"attention.pattern={_quoted(arguments.pattern)}")
-    adapt(config.load(arguments.config, overrides), arguments.parent)
+    if arguments.task:
+        overrides.append(f'data.task="{arguments.task}"')
+    adapt(config.load(arguments.config, overrides), arguments.parent, arguments.sparse_pass)
 
 
 def _eval(arguments: argparse.Namespace) -> None:

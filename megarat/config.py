@@ -104,6 +104,11 @@ class DataConfig:
     cache: str = setting("", "Folder for what is fetched of remote corpora; empty = megarat in the user's cache folder.")
     cache_gb: float = setting(20.0, "Bound of that folder, in 10^9 bytes.")
     prefetch: int = setting(2, "Global batches read ahead of the step.")
+    task: str = setting(
+        "",
+        "Train on made-up samples of a task, loss on the answer alone, instead of the corpus: `needle`, or `needle:single_1,multikey_2`.",
+    )
+    task_text: str = setting("", "UTF-8 text in which the task hides its needles; empty = made-up sentences.")
 
     @property
     def primary(self) -> str:
@@ -155,7 +160,8 @@ class ParallelConfig:
     context: int = setting(1, "Ranks that share each sequence.")
     zero: int = setting(1, "DeepSpeed ZeRO stage 1, 2 or 3.")
     sequence: bool = setting(
-        False, "Norms and residual stream on 1/`tensor` of each sequence (Megatron's sequence parallelism): less memory, the same traffic."
+        False,
+        "Norms and residual stream on 1/`tensor` of each sequence (Megatron's sequence parallelism): less memory, the same traffic.",
     )
 
 

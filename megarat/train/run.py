@@ -15,7 +15,8 @@ from megarat.checkpoint.manifest import CheckpointState
 from megarat.checkpoint.save import Snapshot, prune, save
 from megarat.config import Config, ShardsSetting
 from megarat.data.corpus import check_budget, open_corpus
-from megarat.data.loader import Loader
+from megarat.data.loader import Loader, PairSource
+from megarat.data.tokenizer import load_tokenizer
 from megarat.engine import MASTER, Engine, resolve_precision
 from megarat.errors import UserError
 from megarat.mesh import TENSOR, Mesh, start
@@ -23,6 +24,7 @@ from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import describe
 from megarat.parallel.tensor import TensorParallel
 from megarat.train.run_folder import Resume
+from megarat.train.task_data import TaskLoader
 
 
 class Parent(NamedTuple):
@@ -39,7 +41,7 @@ class Run:
     config: Config
     mesh: Mesh
     engine: Engine
-    loader: Loader
+    loader: PairSource
     state: CheckpointState
     resumed_from: Path | None
 
@@ -67,21 +69,7 @@ def build(config: Config, kind: str, resume: Resume | None, parent: Parent | Non
     """Data, model and engine: in the state of a checkpoint, or new with the weights of ``parent``, or new with random ones."""
     mesh = start(config.run.device, config)
     precision = resolve_precision(config.train.precision, mesh.device)
-    corpus = open_corpus(config)
-    budget = check_budget(config, corpus)
-    if mesh.is_first:
-        print("\n".join(budget), file=sys.stderr)
-    loader = Loader(
-        corpus.reader,
-        corpus.plan,
-        sequence_length=config.data.sequence_length,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        data_rank=mesh.place.data,
-        data_size=mesh.shape.data,
-        separate_documents=config.data.documents == "separate",
-    )
-    data_identity = corpus.reader.identity
+    loader, data_identity = _open_data(config, mesh)
     if resume is not None:
         _check_resumable(resume.state, precision, data_identity, config.data.shards, parent)
     model = RATPlusLM(config.model, TensorParallel(mesh.group(TENSOR), config.parallel.sequence))
@@ -100,6 +88,29 @@ def build(config: Config, kind: str, resume: Resume | None, parent: Parent | Non
             state.parent = parent.provenance
     state.mesh = mesh.describe() | {"zero": config.parallel.zero}
     return Run(config, mesh, engine, loader, state, resume.folder if resume else None)
+
+
+def _open_data(config: Config, mesh: Mesh) -> tuple[PairSource, str]:
+    """What the run trains on, and the hash by which a resume knows it again; the first rank says how much of it is read."""
+    if config.data.task:
+        tokenizer = load_tokenizer(Path(config.data.primary) / "tokenizer")
+        tasks = TaskLoader(config, tokenizer, mesh.place.data, mesh.shape.data)
+        return tasks, tasks.identity
+    corpus = open_corpus(config)
+    budget = check_budget(config, corpus)
+    if mesh.is_first:
+        print("\n".join(budget), file=sys.stderr)
+    loader = Loader(
+        corpus.reader,
+        corpus.plan,
+        sequence_length=config.data.sequence_length,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        data_rank=mesh.place.data,
+        data_size=mesh.shape.data,
+        separate_documents=config.data.documents == "separate",
+    )
+    return loader, corpus.reader.identity
 
 
 def _check_resumable(
