@@ -8,12 +8,13 @@ from megarat.ops.cross_entropy import Statistics, linear_cross_entropy, partial_
 from megarat.ops.decode_attention import cache_slots, cache_write, decode_attention, decode_step, gate_step
 from megarat.ops.dilated_attention import dilated_attention, visible
 from megarat.ops.gated_scan import ScanState, gated_scan
-from megarat.ops.rms_norm import rms_norm
+from megarat.ops.rms_norm import add_rms_norm, rms_norm
 from megarat.ops.rotary import apply_rotary, rotary_tables
 
 __all__ = [
     "ScanState",
     "Statistics",
+    "add_rms_norm",
     "apply_rotary",
     "cache_slots",
     "cache_write",

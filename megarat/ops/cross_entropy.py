@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from megarat.ops.dispatch import choose_backend
 
-CUDA_CHUNK_BYTES = 512 << 20  # of logits: long enough products for the matrix units, small beside a training step's memory
+CUDA_CHUNK_BYTES = 768 << 20  # of logits: long enough products for the matrix units, small beside a training step's memory
 CPU_CHUNK_BYTES = 16 << 20  # of fp32 logits: about what the last-level cache of a desktop holds
 
 
@@ -126,7 +126,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weights_N = weights_N / count.clamp_min(1)
         loss = torch.zeros((), dtype=compute, device=x_NC.device)
         dx_NC = torch.empty_like(x_NC) if want_gradients else None
-        dweight_VC = torch.zeros(weight_VC.shape, dtype=compute, device=x_NC.device) if want_gradients else None
+        dweight_VC = torch.empty(weight_VC.shape, dtype=compute, device=x_NC.device) if want_gradients else None
         for start in range(0, x_NC.shape[0], chunk):
             rows = slice(start, start + chunk)
             joined, dlogits_nV = rows_of_chunk(
@@ -136,9 +136,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dx_NC is not None and dweight_VC is not None:
                 dlogits_nV = dlogits_nV.to(x_NC.dtype)
                 torch.mm(dlogits_nV, weight_VC, out=dx_NC[rows])
-                _accumulate_outer(dweight_VC, dlogits_nV, x_NC[rows])
+                _accumulate_outer(dweight_VC, dlogits_nV, x_NC[rows], fresh=start == 0)
         if dx_NC is not None and dweight_VC is not None:
-            ctx.save_for_backward(dx_NC, dweight_VC.to(weight_VC.dtype))
+            ctx.save_for_backward(dx_NC, dweight_VC)
+        ctx.weight_dtype = weight_VC.dtype
         ctx.mark_non_differentiable(count)
         return loss, count
 
@@ -147,15 +148,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, _dcount: Tensor) -> tuple[Tensor | None, ...]:
         """Scales the gradients that the forward made."""
         dx_NC, dweight_VC = ctx.saved_tensors
-        return dx_NC * dloss.to(dx_NC.dtype), dweight_VC * dloss.to(dweight_VC.dtype), *(None,) * 8
+        scaled_VC = torch.empty(dweight_VC.shape, dtype=ctx.weight_dtype, device=dweight_VC.device)
+        torch.mul(dweight_VC, dloss, out=scaled_VC)  # scaled and rounded in one pass
+        return dx_NC * dloss.to(dx_NC.dtype), scaled_VC, *(None,) * 8
 
 
-def _accumulate_outer(dweight_VC: Tensor, dlogits_nV: Tensor, x_nC: Tensor) -> None:
-    """dweight += dlogits^T x, summed in dweight's dtype (fp32) whatever the operands' dtype."""
+def _accumulate_outer(dweight_VC: Tensor, dlogits_nV: Tensor, x_nC: Tensor, fresh: bool) -> None:
+    """dweight += dlogits^T x (= if fresh), summed in dweight's dtype (fp32) whatever the operands' dtype."""
     if dlogits_nV.dtype == dweight_VC.dtype:
-        dweight_VC.addmm_(dlogits_nV.T, x_nC)
+        torch.addmm(dweight_VC, dlogits_nV.T, x_nC, beta=0 if fresh else 1, out=dweight_VC)
+    elif dlogits_nV.is_cuda and fresh:
+        torch.mm(dlogits_nV.T, x_nC, out_dtype=dweight_VC.dtype, out=dweight_VC)
     elif dlogits_nV.is_cuda:
         torch.addmm(dweight_VC, dlogits_nV.T, x_nC, out_dtype=dweight_VC.dtype, out=dweight_VC)
+    elif fresh:
+        dweight_VC.copy_(dlogits_nV.T @ x_nC)
     else:
         dweight_VC.add_(dlogits_nV.T @ x_nC)
 
@@ -175,7 +182,7 @@ def linear_cross_entropy(
     """Cross entropy of `x W^T` against labels without ever holding all logits.
 
     x_NC, weight_VC: one float dtype. labels_N: int64; rows with `ignore_index` count for nothing.
-    chunk: rows at a time; by default equal chunks of at most 512 MB of logits (16 MB of fp32 logits on a CPU).
+    chunk: rows at a time; by default equal chunks of at most 768 MB of logits (16 MB of fp32 logits on a CPU).
     reduction: "mean" over the kept rows (0 if there are none) or "sum".
     vocab_start, combine: for a vocabulary split over ranks, see the module's docstring.
     backend: of the passes over the logits: "triton", "reference" or None to choose (see ops.dispatch); products are torch's.

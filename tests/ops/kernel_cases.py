@@ -18,6 +18,7 @@ import torch
 from megarat.ops import (
     ScanState,
     Statistics,
+    add_rms_norm,
     apply_rotary,
     cache_slots,
     decode_step,
@@ -106,12 +107,10 @@ def run_scan(scan, dtype, projection, state, starts, tables, weights, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("walk", [False, True], ids=["chain", "walk"])
+@pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
 @pytest.mark.parametrize("case", SCAN_SMALL + ([] if INTERPRETED else SCAN_LARGE), ids=str)
-def test_gated_scan_and_all_its_gradients_match_float64(case, walk, dtype, monkeypatch):
-    if walk:
-        tiles = ((32, 16, 4, 4, 2, 255), (32, 8, 8, 4, 2, 255))
-        monkeypatch.setattr("megarat.ops.kernels.gated_scan._tiles", lambda k_BTHK: tiles)
+def test_gated_scan_and_all_its_gradients_match_float64(case, many, dtype, monkeypatch):
+    monkeypatch.setattr("megarat.ops.kernels.gated_scan.MANY_CHANNELS", 1 if many else 1 << 30)
     batch, length, heads, channels = case[:4]
     inputs = scan_inputs(case, dtype)
     shapes = [(batch, length, heads, channels)] * 2 + [(batch, heads, channels)] * 2
@@ -307,3 +306,28 @@ def test_decoding_step_by_step_equals_the_full_forward_for_rows_of_different_len
         found[rows[active], now[active]] = out[active].double()
         lengths += 1
     assert relative_error(found, expected) < 5e-6
+
+
+# --- rms norm -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 16), (2, 5, 96), (3, 101, 640)], ids=str)
+def test_norm_behind_a_residual_sum_and_all_its_gradients_match_float64(shape, dtype):
+    residual, branch = torch.randn(2, *shape, device=DEVICE).to(dtype)
+    weight = torch.randn(shape[-1], device=DEVICE).to(dtype)
+    if dtype == torch.bfloat16:  # so that their sum is exact in bf16 and the oracle sees the sum that was normalised
+        residual = (residual + branch) - branch
+    d_normal, d_sum = torch.randn(2, *shape, device=DEVICE).to(dtype)
+
+    def run(compute, norm):
+        inputs = [x.to(compute).requires_grad_() for x in (residual, branch, weight)]
+        outputs = norm(*inputs)
+        return (*outputs, *torch.autograd.grad(outputs, inputs, (d_normal.to(compute), d_sum.to(compute))))
+
+    def oracle(a, b, w):
+        total = a + b
+        return total * (total.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w, total
+
+    found = run(dtype, lambda a, b, w: add_rms_norm(a, b, w, backend="triton"))
+    assert_close(found, run(torch.float64, oracle), dtype, outputs=2)

@@ -19,19 +19,16 @@ WARPS = 8
 
 @triton.jit
 def _row_statistics(row_ptr, entries, BLOCK: tl.constexpr):
-    """Largest logit of a row and the sum of exp(logit - largest), each lane of the block on its own until the end."""
+    """Largest logit of a row and the sum of exp(logit - largest), with one exponential per logit."""
     c = tl.arange(0, BLOCK)
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    largest = tl.max(tl.load(row_ptr + c, mask=c < entries, other=float("-inf")).to(tl.float32), axis=0)
+    sums = tl.zeros([BLOCK], tl.float32)
     for c0 in tl.range(0, entries, BLOCK):
         x = tl.load(row_ptr + c0 + c, mask=c0 + c < entries, other=float("-inf")).to(tl.float32)
-        new_top = tl.maximum(top, x)
-        # a lane that has seen nothing but padding has top = -inf: its exponents are kept from -inf - -inf
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - safe) + tl.exp(x - safe)
-        top = new_top
-    largest = tl.max(top, axis=0)
-    return largest, tl.sum(total * tl.exp(top - largest), axis=0)
+        new_largest = tl.maximum(largest, tl.max(x, axis=0))
+        sums = sums * tl.exp(largest - new_largest) + tl.exp(x - new_largest)
+        largest = new_largest
+    return largest, tl.sum(sums, axis=0)
 
 
 @triton.jit

@@ -37,7 +37,7 @@ FORWARD_TILES = (
     (768, (64, 32, 4, 2)),
     (NO_DILATION, (128, 64, 8, 3)),
 )  # (up to so many keys a query, tile)
-QUERY_TILE = (64, 32, 4, 3)
+QUERY_TILES = ((64, (64, 16, 4, 2)), (256, (64, 32, 4, 3)), (1 << 30, (64, 64, 4, 2)))
 KEY_TILE = (32, 64, 4, 3)
 FP32_TILE = (32, 32, 4, 1)
 
@@ -280,11 +280,14 @@ def _far_keys(length: int, pattern: tuple[int, int, int]) -> int:
     return min(initial, length) + (0 if dilation == -1 else max(0, length // dilation - initial // dilation))
 
 
-def _forward_tile(length: int, pattern: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int, int, int]:
+def _tile(
+    table: tuple[tuple[int, tuple[int, int, int, int]], ...], length: int, pattern: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[int, int, int, int]:
+    """The tile of a table for so many keys a query as this pattern shows on average."""
     if dtype == torch.float32:
         return FP32_TILE
     keys = _far_keys(length, pattern) // 2 + min(pattern[1], length)
-    return next(tile for limit, tile in FORWARD_TILES if keys <= limit)
+    return next(tile for limit, tile in table if keys <= limit)
 
 
 def _strides(**tensors_BTHK: Tensor) -> dict[str, int]:
@@ -297,7 +300,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Launches the forward: (out_BTHK, gated if a gate is given; lse_BHT fp32)."""
     batch, length, heads, channels = q_BTHK.shape
-    m, n, warps, stages = _forward_tile(length, pattern, q_BTHK.dtype)
+    m, n, warps, stages = _tile(FORWARD_TILES, length, pattern, q_BTHK.dtype)
     out_BTHK = torch.empty(q_BTHK.shape, dtype=q_BTHK.dtype, device=q_BTHK.device)
     lse_BHT = torch.empty(batch, heads, length, dtype=torch.float32, device=q_BTHK.device)
     gate = q_BTHK if gate_BTHK is None else gate_BTHK
@@ -323,7 +326,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Launches the backward: (dq, dk, dv, gradient of the gate or None)."""
     batch, length, heads, channels = q_BTHK.shape
-    m, n, warps, stages = FP32_TILE if q_BTHK.dtype == torch.float32 else QUERY_TILE
+    m, n, warps, stages = _tile(QUERY_TILES, length, pattern, q_BTHK.dtype)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BTHK, k_BTHK, v_BTHK))
     gated = gate_BTHK is not None
     gate, dgate = (q_BTHK, dq) if gate_BTHK is None else (gate_BTHK, torch.empty_like(dq, dtype=gate_BTHK.dtype))

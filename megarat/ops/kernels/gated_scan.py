@@ -5,14 +5,13 @@ of its tiles are consecutive *segments* of L steps each, walked in step by every
 
 1. every segment runs from a zero state: its decay A (the product of its gates) and its local averages;
 2. one associative scan over the S rows joins (A, averages) to the effect of the block so far;
-3. with the state in front of the block, the state behind it is published, and
+3. the program waits for the state in front of its block, publishes the one behind it, and
 4. the segments run again from their true states; k is rotated and stored.
 
-With many columns (batch x channels) a program walks all blocks of its columns and keeps the state in registers, while the next blocks
-are on their way from memory. With few, every block has its own program, and the blocks of a column form a chain along time, whose
-links are one load, one fused multiply-add and one store. Either way k, v and g are read once, and everything folds in one fixed order,
-so results are bit-reproducible. A link's `chain` entry is its own flag: entries start as a NaN pattern no arithmetic produces.
-Programs are numbered with time slowest, so a program only waits for lower-numbered ones, which the hardware starts first.
+The blocks of a column form a chain along time, whose links are one load, one fused multiply-add and one store. So k, v and g are read
+once however few columns there are, and everything folds in one fixed order: results are bit-reproducible. A link's `chain` entry is
+its own flag: entries start as a NaN pattern no arithmetic produces. Programs are numbered with time slowest, so a program only waits
+for lower-numbered ones, which the hardware starts first.
 
 The chain, fp32 states behind every block (8 bytes per S * L elements), is all the backward needs besides the inputs. It is the same
 machine with time reversed, and recomputes the averages of a block on the way.
@@ -33,11 +32,10 @@ from torch.autograd.function import once_differentiable
 EMPTY = tl.constexpr(-1)  # int32 bits of a chain entry nobody has written: a NaN that no arithmetic instruction returns
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# (pairs BH, segments S, steps L, warps, load stages, registers a thread) forward and backward, by regime; S L must agree. Chosen by
-# timing on an H200. One load stage is the chain; more are a walk with that many blocks in flight.
-Tile = tuple[int, int, int, int, int, int]
-MANY_COLUMNS: tuple[Tile, Tile] = ((32, 16, 4, 4, 1, 168), (32, 8, 8, 4, 1, 255))
-FEW_COLUMNS: tuple[Tile, Tile] = ((32, 16, 8, 8, 1, 128), (32, 16, 8, 8, 1, 255))
+# (pairs BH, segments S, steps L, warps, registers a thread) forward and backward, by regime; S L must agree. Chosen by timing on an H200.
+Tile = tuple[int, int, int, int, int]
+MANY_COLUMNS: tuple[Tile, Tile] = ((64, 4, 8, 2, 255), (64, 4, 8, 4, 255))
+FEW_COLUMNS: tuple[Tile, Tile] = ((32, 16, 8, 8, 255), (32, 16, 8, 8, 255))
 MANY_CHANNELS = 8192  # of all rows: from so many on, short blocks give enough programs and long ones only lengthen the chain
 
 
@@ -75,21 +73,6 @@ def _await(k1_ptr, k2_ptr, v1_ptr, v2_ptr):
         v1.to(tl.float32, bitcast=True),
         v2.to(tl.float32, bitcast=True),
     )
-
-
-@triton.jit
-def _add(k1_l, k2_l, v1_l, v2_l, k1_r, k2_r, v1_r, v2_r):
-    return k1_l + k1_r, k2_l + k2_r, v1_l + v1_r, v2_l + v2_r
-
-
-@triton.jit
-def _pick_row(k1_SC, k2_SC, v1_SC, v2_SC, is_row_S1):
-    """One row of each of the four tiles, (C,)."""
-    masked = (
-        tl.where(is_row_S1, k1_SC, 0.0), tl.where(is_row_S1, k2_SC, 0.0),
-        tl.where(is_row_S1, v1_SC, 0.0), tl.where(is_row_S1, v2_SC, 0.0),
-    )  # fmt: skip
-    return tl.reduce(masked, 0, _add)
 
 
 @triton.jit
@@ -171,12 +154,12 @@ def _load_tables(cos_ptr, sin_ptr, offs_SC, t_S, T, R, L: tl.constexpr, ROTATE: 
 @triton.jit
 def _forward_kernel(
     k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, k_out_ptr, v_out_ptr, chain_ptr,
-    B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, table_b, blocks, span,
-    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, STAGES: tl.constexpr,
+    B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, table_b,
+    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
     ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     columns = R // BH
-    first_block = tl.program_id(0) // (B * H * columns) * span
+    block = tl.program_id(0) // (B * H * columns)
     group = tl.program_id(0) % (B * H * columns)
     b, h, first = (group // columns // H).to(tl.int64), (group // columns) % H, (group % columns) * BH
     rows_S, c_C = tl.arange(0, S), tl.arange(0, BH)
@@ -192,59 +175,52 @@ def _forward_kernel(
     inf: tl.constexpr = float("inf")
 
     stream = B * H * (2 * R)
-    link = chain_ptr + first_block.to(tl.int64) * 2 * stream + (group // columns) * (2 * R) + first + c_C
+    link = chain_ptr + block.to(tl.int64) * 2 * stream + (group // columns) * (2 * R) + first + c_C
     link_bits = link.to(tl.pointer_type(tl.int32))
-    zero_C = tl.zeros([BH], tl.float32)
-    in_k1, in_k2, in_v1, in_v2 = zero_C, zero_C, zero_C, zero_C
-    if STAGES > 1:
-        in_k1, in_k2, in_v1, in_v2 = _await(link_bits, link_bits + R, link_bits + stream, link_bits + stream + R)
-    for block in tl.range(first_block, tl.minimum(first_block + span, blocks), num_stages=STAGES):
-        t0 = block * (S * L)
-        t_S, start = t0 + rows_S * L, t0.to(tl.int64)
-        g1 = _load_steps(g_ptr + start * g_t, g_offs, g_t, t_S, T, inf, L, MASKED)
-        k1 = _load_steps(k_ptr + start * k_t, k_offs, k_t, t_S, T, 0.0, L, MASKED)
-        v1 = _load_steps(v_ptr + start * v_t, v_offs, v_t, t_S, T, 0.0, L, MASKED)
-        g2 = _load_steps(g_ptr + start * g_t + R, g_offs, g_t, t_S, T, inf, L, MASKED)
-        k2 = _load_steps(k_ptr + start * k_t + R, k_offs, k_t, t_S, T, 0.0, L, MASKED)
-        v2 = _load_steps(v_ptr + start * v_t + R, v_offs, v_t, t_S, T, 0.0, L, MASKED)
-        table_0 = b * table_b + start * R + first
-        if STAGES > 1:
-            cos, sin = _load_tables(cos_ptr + table_0, sin_ptr + table_0, table_offs, t_S, T, R, L, ROTATE, MASKED)
-        keep = _load_keeps(starts_ptr + b * T, t_S, T, L, HAS_STARTS)
-        u1, u2 = (), ()
-        for i in tl.static_range(L):
-            u1 = u1 + (_input_weight(g1[i]),)
-            u2 = u2 + (_input_weight(g2[i]),)
-        decay1, end_k1, end_v1 = _local_pass(k1, v1, u1, keep, L)
-        decay2, end_k2, end_v2 = _local_pass(k2, v2, u2, keep, L)
-        front1, s_k1, s_v1 = _in_front(decay1, end_k1, end_v1, False)
-        front2, s_k2, s_v2 = _in_front(decay2, end_k2, end_v2, False)
+    t0 = block * (S * L)
+    t_S, start = t0 + rows_S * L, t0.to(tl.int64)
+    g1 = _load_steps(g_ptr + start * g_t, g_offs, g_t, t_S, T, inf, L, MASKED)
+    k1 = _load_steps(k_ptr + start * k_t, k_offs, k_t, t_S, T, 0.0, L, MASKED)
+    v1 = _load_steps(v_ptr + start * v_t, v_offs, v_t, t_S, T, 0.0, L, MASKED)
+    g2 = _load_steps(g_ptr + start * g_t + R, g_offs, g_t, t_S, T, inf, L, MASKED)
+    k2 = _load_steps(k_ptr + start * k_t + R, k_offs, k_t, t_S, T, 0.0, L, MASKED)
+    v2 = _load_steps(v_ptr + start * v_t + R, v_offs, v_t, t_S, T, 0.0, L, MASKED)
+    table_0 = b * table_b + start * R + first
+    keep = _load_keeps(starts_ptr + b * T, t_S, T, L, HAS_STARTS)
+    u1, u2 = (), ()
+    for i in tl.static_range(L):
+        u1 = u1 + (_input_weight(g1[i]),)
+        u2 = u2 + (_input_weight(g2[i]),)
+    decay1, end_k1, end_v1 = _local_pass(k1, v1, u1, keep, L)
+    decay2, end_k2, end_v2 = _local_pass(k2, v2, u2, keep, L)
+    front1, s_k1, s_v1 = _in_front(decay1, end_k1, end_v1, False)
+    front2, s_k2, s_v2 = _in_front(decay2, end_k2, end_v2, False)
 
-        if STAGES == 1:  # one block a program: a link of the chain
-            in_k1, in_k2, in_v1, in_v2 = _await(link_bits, link_bits + R, link_bits + stream, link_bits + stream + R)
-        s_k1, s_k2 = front1 * in_k1[None, :] + s_k1, front2 * in_k2[None, :] + s_k2
-        s_v1, s_v2 = front1 * in_v1[None, :] + s_v1, front2 * in_v2[None, :] + s_v2
-        end_k1, end_k2 = decay1 * s_k1 + end_k1, decay2 * s_k2 + end_k2
-        end_v1, end_v2 = decay1 * s_v1 + end_v1, decay2 * s_v2 + end_v2
-        link += 2 * stream
-        _publish(link, R, stream, end_k1, end_k2, end_v1, end_v2, is_last_S1)
-        if STAGES == 1:  # only now, to keep registers free
-            cos, sin = _load_tables(cos_ptr + table_0, sin_ptr + table_0, table_offs, t_S, T, R, L, ROTATE, MASKED)
-        else:
-            in_k1, in_k2, in_v1, in_v2 = _pick_row(end_k1, end_k2, end_v1, end_v2, is_last_S1)
+    in_k1, in_k2, in_v1, in_v2 = _await(link_bits, link_bits + R, link_bits + stream, link_bits + stream + R)
+    s_k1, s_k2 = front1 * in_k1[None, :] + s_k1, front2 * in_k2[None, :] + s_k2
+    s_v1, s_v2 = front1 * in_v1[None, :] + s_v1, front2 * in_v2[None, :] + s_v2
+    end_k1, end_k2 = decay1 * s_k1 + end_k1, decay2 * s_k2 + end_k2
+    end_v1, end_v2 = decay1 * s_v1 + end_v1, decay2 * s_v2 + end_v2
+    _publish(link + 2 * stream, R, stream, end_k1, end_k2, end_v1, end_v2, is_last_S1)
+    cos, sin = _load_tables(cos_ptr + table_0, sin_ptr + table_0, table_offs, t_S, T, R, L, ROTATE, MASKED)
 
-        k_to, v_to = k_out_ptr + out_0 + start * out_t, v_out_ptr + out_0 + start * out_t
-        for i in tl.static_range(L):
-            a1, a2 = (1.0 - u1[i]) * keep[i], (1.0 - u2[i]) * keep[i]
-            s_k1, s_k2 = a1 * s_k1 + u1[i] * k1[i].to(tl.float32), a2 * s_k2 + u2[i] * k2[i].to(tl.float32)
-            s_v1, s_v2 = a1 * s_v1 + u1[i] * v1[i].to(tl.float32), a2 * s_v2 + u2[i] * v2[i].to(tl.float32)
-            out1, out2 = s_k1, s_k2
-            if ROTATE:
-                out1, out2 = s_k1 * cos[i] - s_k2 * sin[i], s_k2 * cos[i] + s_k1 * sin[i]
-            _store_step(k_to + i * out_t, out_offs, out1, t_S + i, T, MASKED)
-            _store_step(k_to + i * out_t + R, out_offs, out2, t_S + i, T, MASKED)
-            _store_step(v_to + i * out_t, out_offs, s_v1, t_S + i, T, MASKED)
-            _store_step(v_to + i * out_t + R, out_offs, s_v2, t_S + i, T, MASKED)
+    k_to, v_to = k_out_ptr + out_0 + start * out_t, v_out_ptr + out_0 + start * out_t
+    # all outputs before the first store: no load can be moved up past a store, and the tables' loads should be
+    out_k1, out_k2, out_v1, out_v2 = (), (), (), ()
+    out_type = k_out_ptr.dtype.element_ty
+    for i in tl.static_range(L):
+        a1, a2 = (1.0 - u1[i]) * keep[i], (1.0 - u2[i]) * keep[i]
+        s_k1, s_k2 = a1 * s_k1 + u1[i] * k1[i].to(tl.float32), a2 * s_k2 + u2[i] * k2[i].to(tl.float32)
+        s_v1, s_v2 = a1 * s_v1 + u1[i] * v1[i].to(tl.float32), a2 * s_v2 + u2[i] * v2[i].to(tl.float32)
+        out_k1 = out_k1 + ((s_k1 * cos[i] - s_k2 * sin[i]).to(out_type),)
+        out_k2 = out_k2 + ((s_k2 * cos[i] + s_k1 * sin[i]).to(out_type),)
+        out_v1 = out_v1 + (s_v1.to(out_type),)
+        out_v2 = out_v2 + (s_v2.to(out_type),)
+    for i in tl.static_range(L):
+        _store_step(k_to + i * out_t, out_offs, out_k1[i], t_S + i, T, MASKED)
+        _store_step(k_to + i * out_t + R, out_offs, out_k2[i], t_S + i, T, MASKED)
+        _store_step(v_to + i * out_t, out_offs, out_v1[i], t_S + i, T, MASKED)
+        _store_step(v_to + i * out_t + R, out_offs, out_v2[i], t_S + i, T, MASKED)
 
 
 @triton.jit
@@ -290,12 +266,12 @@ def _store_gradients(
 @triton.jit
 def _backward_kernel(
     k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, dk_out_ptr, dv_out_ptr, states_ptr, chain_ptr, dk_ptr, dv_ptr, dg_ptr,
-    B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, table_b, blocks, span,
-    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, STAGES: tl.constexpr,
+    B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, table_b, blocks,
+    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
     ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     columns = R // BH
-    last_block = blocks - 1 - tl.program_id(0) // (B * H * columns) * span
+    block = blocks - 1 - tl.program_id(0) // (B * H * columns)
     group = tl.program_id(0) % (B * H * columns)
     b, h, first = (group // columns // H).to(tl.int64), (group // columns) % H, (group % columns) * BH
     rows_S, c_C = tl.arange(0, S), tl.arange(0, BH)
@@ -315,71 +291,59 @@ def _backward_kernel(
 
     stream = B * H * (2 * R)
     column = (group // columns) * (2 * R) + first + c_C
-    link = chain_ptr + (last_block + 1).to(tl.int64) * 2 * stream + column
+    link = chain_ptr + (block + 1).to(tl.int64) * 2 * stream + column
     link_bits = link.to(tl.pointer_type(tl.int32))
-    zero_C = tl.zeros([BH], tl.float32)
-    from_k1, from_k2, from_v1, from_v2 = zero_C, zero_C, zero_C, zero_C
-    if STAGES > 1:
-        from_k1, from_k2, from_v1, from_v2 = _await(link_bits, link_bits + R, link_bits + stream, link_bits + stream + R)
-    for step in tl.range(0, tl.minimum(span, last_block + 1), num_stages=STAGES):
-        block = last_block - step
-        t0 = block * (S * L)
-        t_S, start = t0 + rows_S * L, t0.to(tl.int64)
-        g1 = _load_steps(g_ptr + start * g_t, g_offs, g_t, t_S, T, inf, L, MASKED)
-        g2 = _load_steps(g_ptr + start * g_t + R, g_offs, g_t, t_S, T, inf, L, MASKED)
-        r1 = _load_steps(dk_out_ptr + start * dk_t, dk_offs, dk_t, t_S, T, 0.0, L, MASKED)
-        r2 = _load_steps(dk_out_ptr + start * dk_t + R, dk_offs, dk_t, t_S, T, 0.0, L, MASKED)
-        e_v1 = _load_steps(dv_out_ptr + start * dv_t, dv_offs, dv_t, t_S, T, 0.0, L, MASKED)
-        e_v2 = _load_steps(dv_out_ptr + start * dv_t + R, dv_offs, dv_t, t_S, T, 0.0, L, MASKED)
-        k1 = _load_steps(k_ptr + start * k_t, k_offs, k_t, t_S, T, 0.0, L, MASKED)
-        k2 = _load_steps(k_ptr + start * k_t + R, k_offs, k_t, t_S, T, 0.0, L, MASKED)
-        v1 = _load_steps(v_ptr + start * v_t, v_offs, v_t, t_S, T, 0.0, L, MASKED)
-        v2 = _load_steps(v_ptr + start * v_t + R, v_offs, v_t, t_S, T, 0.0, L, MASKED)
-        table_0 = b * table_b + start * R + first
-        cos, sin = _load_tables(cos_ptr + table_0, sin_ptr + table_0, table_offs, t_S, T, R, L, ROTATE, MASKED)
-        keep = _load_keeps(starts_ptr + b * T, t_S, T, L, HAS_STARTS)
-        state = states_ptr + block.to(tl.int64) * 2 * stream + column
-        in_k1, in_k2 = tl.load(state), tl.load(state + R)
-        in_v1, in_v2 = tl.load(state + stream), tl.load(state + stream + R)
-        u1, u2, e_k1, e_k2 = (), (), (), ()
-        for i in tl.static_range(L):
-            u1 = u1 + (_input_weight(g1[i]),)
-            u2 = u2 + (_input_weight(g2[i]),)
-            d1, d2 = r1[i].to(tl.float32), r2[i].to(tl.float32)
-            e_k1 = e_k1 + (d1 * cos[i] + d2 * sin[i],)
-            e_k2 = e_k2 + (d2 * cos[i] - d1 * sin[i],)
+    t0 = block * (S * L)
+    t_S, start = t0 + rows_S * L, t0.to(tl.int64)
+    g1 = _load_steps(g_ptr + start * g_t, g_offs, g_t, t_S, T, inf, L, MASKED)
+    g2 = _load_steps(g_ptr + start * g_t + R, g_offs, g_t, t_S, T, inf, L, MASKED)
+    r1 = _load_steps(dk_out_ptr + start * dk_t, dk_offs, dk_t, t_S, T, 0.0, L, MASKED)
+    r2 = _load_steps(dk_out_ptr + start * dk_t + R, dk_offs, dk_t, t_S, T, 0.0, L, MASKED)
+    e_v1 = _load_steps(dv_out_ptr + start * dv_t, dv_offs, dv_t, t_S, T, 0.0, L, MASKED)
+    e_v2 = _load_steps(dv_out_ptr + start * dv_t + R, dv_offs, dv_t, t_S, T, 0.0, L, MASKED)
+    k1 = _load_steps(k_ptr + start * k_t, k_offs, k_t, t_S, T, 0.0, L, MASKED)
+    k2 = _load_steps(k_ptr + start * k_t + R, k_offs, k_t, t_S, T, 0.0, L, MASKED)
+    v1 = _load_steps(v_ptr + start * v_t, v_offs, v_t, t_S, T, 0.0, L, MASKED)
+    v2 = _load_steps(v_ptr + start * v_t + R, v_offs, v_t, t_S, T, 0.0, L, MASKED)
+    table_0 = b * table_b + start * R + first
+    cos, sin = _load_tables(cos_ptr + table_0, sin_ptr + table_0, table_offs, t_S, T, R, L, ROTATE, MASKED)
+    keep = _load_keeps(starts_ptr + b * T, t_S, T, L, HAS_STARTS)
+    state = states_ptr + block.to(tl.int64) * 2 * stream + column
+    in_k1, in_k2 = tl.load(state), tl.load(state + R)
+    in_v1, in_v2 = tl.load(state + stream), tl.load(state + stream + R)
+    u1, u2, e_k1, e_k2 = (), (), (), ()
+    for i in tl.static_range(L):
+        u1 = u1 + (_input_weight(g1[i]),)
+        u2 = u2 + (_input_weight(g2[i]),)
+        d1, d2 = r1[i].to(tl.float32), r2[i].to(tl.float32)
+        e_k1 = e_k1 + (d1 * cos[i] + d2 * sin[i],)
+        e_k2 = e_k2 + (d2 * cos[i] - d1 * sin[i],)
 
-        decay1, end_k1, end_v1 = _reverse_local_pass(e_k1, e_v1, u1, keep, L)
-        decay2, end_k2, end_v2 = _reverse_local_pass(e_k2, e_v2, u2, keep, L)
-        behind1, p_k1, p_v1 = _in_front(decay1, end_k1, end_v1, True)
-        behind2, p_k2, p_v2 = _in_front(decay2, end_k2, end_v2, True)
-        if STAGES == 1:
-            from_k1, from_k2, from_v1, from_v2 = _await(link_bits, link_bits + R, link_bits + stream, link_bits + stream + R)
-        p_k1, p_k2 = behind1 * from_k1[None, :] + p_k1, behind2 * from_k2[None, :] + p_k2
-        p_v1, p_v2 = behind1 * from_v1[None, :] + p_v1, behind2 * from_v2[None, :] + p_v2
-        end_k1, end_k2 = decay1 * p_k1 + end_k1, decay2 * p_k2 + end_k2
-        end_v1, end_v2 = decay1 * p_v1 + end_v1, decay2 * p_v2 + end_v2
-        link -= 2 * stream
-        _publish(link, R, stream, end_k1, end_k2, end_v1, end_v2, is_first_S1)
-        if STAGES > 1:
-            from_k1, from_k2, from_v1, from_v2 = _pick_row(end_k1, end_k2, end_v1, end_v2, is_first_S1)
+    decay1, end_k1, end_v1 = _reverse_local_pass(e_k1, e_v1, u1, keep, L)
+    decay2, end_k2, end_v2 = _reverse_local_pass(e_k2, e_v2, u2, keep, L)
+    behind1, p_k1, p_v1 = _in_front(decay1, end_k1, end_v1, True)
+    behind2, p_k2, p_v2 = _in_front(decay2, end_k2, end_v2, True)
+    from_k1, from_k2, from_v1, from_v2 = _await(link_bits, link_bits + R, link_bits + stream, link_bits + stream + R)
+    p_k1, p_k2 = behind1 * from_k1[None, :] + p_k1, behind2 * from_k2[None, :] + p_k2
+    p_v1, p_v2 = behind1 * from_v1[None, :] + p_v1, behind2 * from_v2[None, :] + p_v2
+    end_k1, end_k2 = decay1 * p_k1 + end_k1, decay2 * p_k2 + end_k2
+    end_v1, end_v2 = decay1 * p_v1 + end_v1, decay2 * p_v2 + end_v2
+    _publish(link - 2 * stream, R, stream, end_k1, end_k2, end_v1, end_v2, is_first_S1)
 
-        # the averages of the block once more, for the gates' gradient
-        decay1, s_k1, s_v1 = _local_pass(k1, v1, u1, keep, L)
-        decay2, s_k2, s_v2 = _local_pass(k2, v2, u2, keep, L)
-        front1, s_k1, s_v1 = _in_front(decay1, s_k1, s_v1, False)
-        front2, s_k2, s_v2 = _in_front(decay2, s_k2, s_v2, False)
-        s_k1, s_v1 = front1 * in_k1[None, :] + s_k1, front1 * in_v1[None, :] + s_v1
-        s_k2, s_v2 = front2 * in_k2[None, :] + s_k2, front2 * in_v2[None, :] + s_v2
-        dk_to, dv_to, dg_to = (dk_ptr + out_0 + start * out_t, dv_ptr + out_0 + start * out_t, dg_ptr + out_0 + start * out_t)
-        total_k1, total_v1 = _reverse_pass(e_k1, e_v1, u1, keep, p_k1, p_v1, L)
-        _store_gradients(
-            k1, v1, u1, keep, s_k1, s_v1, total_k1, total_v1, dk_to, dv_to, dg_to, out_offs, out_t, t_S, T, L, MASKED
-        )
-        total_k2, total_v2 = _reverse_pass(e_k2, e_v2, u2, keep, p_k2, p_v2, L)
-        _store_gradients(
-            k2, v2, u2, keep, s_k2, s_v2, total_k2, total_v2, dk_to + R, dv_to + R, dg_to + R, out_offs, out_t, t_S, T, L, MASKED
-        )
+    # the averages of the block once more, for the gates' gradient
+    decay1, s_k1, s_v1 = _local_pass(k1, v1, u1, keep, L)
+    decay2, s_k2, s_v2 = _local_pass(k2, v2, u2, keep, L)
+    front1, s_k1, s_v1 = _in_front(decay1, s_k1, s_v1, False)
+    front2, s_k2, s_v2 = _in_front(decay2, s_k2, s_v2, False)
+    s_k1, s_v1 = front1 * in_k1[None, :] + s_k1, front1 * in_v1[None, :] + s_v1
+    s_k2, s_v2 = front2 * in_k2[None, :] + s_k2, front2 * in_v2[None, :] + s_v2
+    dk_to, dv_to, dg_to = (dk_ptr + out_0 + start * out_t, dv_ptr + out_0 + start * out_t, dg_ptr + out_0 + start * out_t)
+    total_k1, total_v1 = _reverse_pass(e_k1, e_v1, u1, keep, p_k1, p_v1, L)
+    _store_gradients(k1, v1, u1, keep, s_k1, s_v1, total_k1, total_v1, dk_to, dv_to, dg_to, out_offs, out_t, t_S, T, L, MASKED)
+    total_k2, total_v2 = _reverse_pass(e_k2, e_v2, u2, keep, p_k2, p_v2, L)
+    _store_gradients(
+        k2, v2, u2, keep, s_k2, s_v2, total_k2, total_v2, dk_to + R, dv_to + R, dg_to + R, out_offs, out_t, t_S, T, L, MASKED
+    )
 
 
 def _strides(*tensors_BTHK: Tensor) -> list[int]:
@@ -407,24 +371,15 @@ def _tiles(k_BTHK: Tensor) -> tuple[Tile, Tile]:
     return MANY_COLUMNS if batch * heads * channels >= MANY_CHANNELS else FEW_COLUMNS
 
 
-def _launch_shape(tile: Tile, like_BTHK: Tensor) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid, and the arguments both kernels share: a program walks all blocks of its columns (several load stages) or just one."""
-    pairs, segments, steps, warps, stages, registers = tile
+def _launch_shape(tile: Tile, like_BTHK: Tensor) -> tuple[tuple[int], int, dict[str, Any]]:
+    """The grid, the number of blocks along time, and the options both kernels share."""
+    most_pairs, segments, steps, warps, registers = tile
     batch, length, heads, channels = like_BTHK.shape
-    pairs = next(p for p in (pairs, 32, 16, 8) if p <= pairs and channels % (2 * p) == 0)  # channels are a multiple of 16
+    pairs = next(p for p in (64, 32, 16, 8) if p <= most_pairs and channels % (2 * p) == 0)  # channels are a multiple of 16
     blocks = triton.cdiv(length, segments * steps)
-    span = blocks if stages > 1 else 1
-    options = {
-        "R": channels // 2,
-        "BH": pairs,
-        "S": segments,
-        "L": steps,
-        "STAGES": stages,
-        "num_warps": warps,
-        "maxnreg": registers,
-    }
-    grid = batch * heads * (channels // 2 // pairs) * (blocks // span)
-    return (grid,), {"blocks": blocks, "span": span, "MASKED": length % (segments * steps) != 0, **options}
+    options = {"R": channels // 2, "BH": pairs, "S": segments, "L": steps, "num_warps": warps, "maxnreg": registers}
+    grid = batch * heads * (channels // 2 // pairs) * blocks
+    return (grid,), blocks, {"MASKED": length % (segments * steps) != 0, **options}
 
 
 def scan_forward(
@@ -439,9 +394,9 @@ def scan_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the forward: (k_out, v_out, states (blocks + 1, 2, B, H, K) fp32 in front of every block and behind the last)."""
     batch, length, heads, _ = k_BTHK.shape
-    grid, shape = _launch_shape(_tiles(k_BTHK)[0], k_BTHK)
+    grid, blocks, options = _launch_shape(_tiles(k_BTHK)[0], k_BTHK)
     k_out, v_out = (torch.empty(k_BTHK.shape, dtype=out_dtype, device=k_BTHK.device) for _ in range(2))
-    chain = _new_chain(shape["blocks"], k_BTHK)
+    chain = _new_chain(blocks, k_BTHK)
     if start is None:
         chain[0].zero_()
     else:
@@ -451,7 +406,7 @@ def scan_forward(
     _forward_kernel[grid](
         k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, k_out, v_out, chain,
         batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK), table_b,
-        ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **shape,
+        ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **options,
     )  # fmt: skip
     return k_out, v_out, chain
 
@@ -470,16 +425,16 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches the backward, `states` from the forward: (dk, dv, dg, gradient of the initial states (2, B, H, K) fp32)."""
     batch, length, heads, _ = k_BTHK.shape
-    grid, shape = _launch_shape(_tiles(k_BTHK)[1], k_BTHK)
+    grid, blocks, options = _launch_shape(_tiles(k_BTHK)[1], k_BTHK)
     dk, dv, dg = (torch.empty(k_BTHK.shape, dtype=x.dtype, device=x.device) for x in (k_BTHK, v_BTHK, g_BTHK))
-    chain = _new_chain(shape["blocks"], k_BTHK)
+    chain = _new_chain(blocks, k_BTHK)
     chain[-1, 0].copy_(dlast[0])
     chain[-1, 1].copy_(dlast[1])
     cos, sin, table_b = _table_arguments(cos, sin, k_BTHK)
     _backward_kernel[grid](
         k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, dk_out_BTHK, dv_out_BTHK, states, chain,
-        dk, dv, dg, batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK, dk_out_BTHK, dv_out_BTHK), table_b,
-        ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **shape,
+        dk, dv, dg, batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK, dk_out_BTHK, dv_out_BTHK), table_b, blocks,
+        ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **options,
     )  # fmt: skip
     return dk, dv, dg, chain[0]
 
