@@ -1,0 +1,209 @@
+"""A private Slurm on this machine: munged, slurmctld and one slurmd a virtual node, all in one folder.
+
+Why the odd lines are there:
+- munge refuses a socket below a folder that only root may enter, so key and socket lie in different folders;
+- ``config_overrides`` lets a node declare more cores and memory than this machine has; nothing is enforced, scripts for large nodes run as they are;
+- a requeued job waits ``cred_expire`` + 1 s, of which 5 s is the least that is honoured;
+- each slurmd has its own host name and its own ``/etc/hosts``, so that ``n1`` means the first node inside jobs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "unshare")
+INSTALL = "apt-get install --no-install-recommends slurm-wlm munge slurm-wlm-basic-plugins"
+
+CONF = """\
+ClusterName=tests
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={base}/run/munge.socket,cred_expire=5
+CredType=cred/munge
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+JobAcctGatherType=jobacct_gather/linux
+JobCompType=jobcomp/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1,sched_min_interval=0
+SlurmdParameters=config_overrides
+DefMemPerCPU=100
+ReturnToService=2
+StateSaveLocation={base}/state
+SlurmdSpoolDir={base}/spool/%n
+SlurmctldPidFile={base}/run/slurmctld.pid
+SlurmdPidFile={base}/run/slurmd-%n.pid
+SlurmctldLogFile={base}/log/slurmctld.log
+SlurmdLogFile={base}/log/slurmd-%n.log
+SlurmctldPort={port}
+SlurmdTimeout=10
+KillWait=5
+UnkillableStepTimeout=15
+MinJobAge=3600
+JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port={first}-{last} CPUs=8 Boards=1 SocketsPerBoard=1 CoresPerSocket=8 \
+ThreadsPerCore=1 RealMemory=32000 State=UNKNOWN
+PartitionName=debug Nodes=n[1-{nodes}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=high Nodes=n[1-{nodes}] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+"""
+
+
+def reason_against() -> str | None:
+    """Why no Slurm can be started here; None when one can."""
+    missing = [program for program in PROGRAMS if shutil.which(program, path=_path()) is None]
+    if missing:
+        return f"{', '.join(missing)} not found; {INSTALL}"
+    if os.geteuid() != 0:
+        return "slurmd and its namespaces need root"
+    if subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True).returncode:
+        return "this machine lets nobody make namespaces"
+    return None
+
+
+class Cluster:
+    """A running Slurm; ``environment`` is what its clients need."""
+
+    def __init__(self, base: Path, nodes: int) -> None:
+        self.base, self.nodes = base, nodes
+        self.environment = {"SLURM_CONF": str(base / "etc/slurm.conf"), "PATH": _path()}
+
+    def start(self) -> None:
+        """Start all daemons and wait until every node is idle."""
+        for name in ("etc", "key", "run", "log", "state", "spool"):
+            (self.base / name).mkdir(parents=True)
+        self.base.chmod(0o755)  # munge wants its socket reachable
+        (self.base / "key").chmod(0o700)
+        self._write("key/munge.key", os.urandom(1024)).chmod(0o400)
+        port, host = _free_ports(self.nodes + 1), socket.gethostname().partition(".")[0]
+        text = CONF.format(host=host, base=self.base, port=port, first=port + 1, last=port + self.nodes, nodes=self.nodes)
+        self._write("etc/slurm.conf", text.encode())
+        names = "".join(f"127.0.0.1 n{node}\n" for node in range(1, self.nodes + 1))
+        self._write("etc/hosts", (Path("/etc/hosts").read_text() + names).encode())
+        run, key, log = self.base / "run", self.base / "key", self.base / "log"
+        self._daemon(
+            "munged", f"--key-file={key}/munge.key", f"--socket={run}/munge.socket", f"--pid-file={run}/munged.pid",
+            f"--log-file={log}/munged.log", f"--seed-file={key}/munged.seed",
+        )  # fmt: skip
+        self._daemon("slurmctld")
+        for node in range(1, self.nodes + 1):
+            self.start_node(f"n{node}")
+        wait_until(lambda: self._idle_nodes() == self.nodes, 20, "the nodes of the test cluster to be idle")
+
+    def start_node(self, name: str) -> None:
+        """Start the slurmd of one virtual node, in its own host name and ``/etc/hosts``."""
+        script = f"hostname {name} && mount --bind {self.base}/etc/hosts /etc/hosts && exec slurmd -N {name}"
+        self._daemon("unshare", "--uts", "--mount", "bash", "-c", script)
+
+    def stop(self) -> None:
+        """Cancel what runs, then end the daemons by their pid files and wait until they are gone."""
+        if (self.base / "run/slurmctld.pid").exists():
+            self.command("scancel", "--user=root", check=False)
+            with contextlib.suppress(TimeoutError):
+                wait_until(lambda: not self.command("squeue", "-h", check=False), 15, "all jobs to end")
+        for pattern in ("slurmd-*.pid", "slurmctld.pid", "munged.pid"):
+            _end([int(path.read_text()) for path in (self.base / "run").glob(pattern)])
+
+    def command(self, *arguments: str, check: bool = True, env: Mapping[str, str] = os.environ) -> str:
+        """Standard output of a Slurm command."""
+        done = subprocess.run(arguments, env={**env, **self.environment}, capture_output=True, text=True, timeout=60)
+        assert not check or done.returncode == 0, f"{arguments}: {done.stderr}"
+        return done.stdout.strip()
+
+    def state(self, job: str) -> str:
+        """State of a job, such as RUNNING or COMPLETED."""
+        return self.field(job, "JobState")
+
+    def field(self, job: str, name: str) -> str:
+        """One field of ``scontrol show job``."""
+        pairs = [item.partition("=") for item in self.command("scontrol", "-o", "show", "job", job).split()]
+        return next((value for key, _, value in pairs if key == name), "")
+
+    def wait_for_state(self, job: str, *states: str, seconds: float = 60) -> str:
+        """Wait until a job is in one of ``states``."""
+        what = f"job {job} to be {' or '.join(states)}"
+        wait_until(lambda: self.state(job) in states, seconds, what, lambda: self.command("scontrol", "show", "job", job))
+        return self.state(job)
+
+    def _idle_nodes(self) -> int:
+        return self.command("sinfo", "-h", "-N", "-p", "debug", "-o", "%T", check=False).split().count("idle")
+
+    def _daemon(self, *arguments: str) -> None:
+        subprocess.run(arguments, env={**os.environ, **self.environment}, check=True, timeout=20, stdout=subprocess.DEVNULL)
+
+    def _write(self, name: str, content: bytes) -> Path:
+        path = self.base / name
+        path.write_bytes(content)
+        return path
+
+
+@contextlib.contextmanager
+def running(nodes: int) -> Iterator[Cluster]:
+    """A cluster for the length of the block, in a folder of its own (munge refuses those of pytest, which only root may enter)."""
+    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as base:
+        cluster = Cluster(Path(base), nodes)
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str, explain: Callable[[], str] = str) -> None:
+    """Poll until ``condition`` holds. Raises ``TimeoutError`` that says what was waited for."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds:g} s for {what}\n{explain()}")
+        time.sleep(0.2)
+
+
+def history(run_dir: Path) -> list[dict]:
+    """What the supervisor of a run recorded."""
+    path = run_dir / "slurm/history.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _path() -> str:
+    return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+
+
+def _free_ports(count: int) -> int:
+    """The first of ``count`` neighbouring ports that nobody listens on."""
+    for first in range(17000, 20000, count):
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
+    raise OSError("no free ports between 17000 and 20000")
+
+
+def _end(pids: list[int]) -> None:
+    """End daemons: asked first, killed when they have not gone after five seconds."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 5, f"processes {pids} to end")
+            return
