@@ -31,6 +31,7 @@ setup(
     ],
     extras_require={
         "data": ["pyarrow", "zstandard", "mpi4py"],
+        "eval": ["lm-eval>=0.4.9"],
         "test": ["pytest", "ruff", "mypy", "types-PyYAML", "mpich"],
     },
     entry_points={"console_scripts": ["megarat = megarat.cli:main"]},

@@ -6,11 +6,12 @@ Exit codes: 0 done; 2 bad input (one message, no traceback); 75 stopped early on
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED, StoppedEarly, UserError
+from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED, StoppedEarly, ToldByFirstRank, UserError
 
 _PATTERN_HELP = "'dense', 'D=16,W=256,I=4', or a YAML list with one entry a layer (an entry may be a list a head)"
 
@@ -20,13 +21,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+    except ToldByFirstRank:
+        return EXIT_BAD_INPUT
     except UserError as error:
-        print(f"megarat: error: {error}", file=sys.stderr)
+        print(f"megarat: {_rank()}error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except StoppedEarly as stop:
-        print(f"megarat: {stop}", file=sys.stderr)
+        if not _rank():
+            print(f"megarat: {stop}", file=sys.stderr)
         return EXIT_STOPPED
     return EXIT_OK
+
+
+def _rank() -> str:
+    """Empty on the first rank, else a prefix that names this one."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"rank {rank}: "
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +89,9 @@ def _add_eval(verbs: Any) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint or run folder")
     parser.add_argument("--pattern", action="append", default=[], help=f"{_PATTERN_HELP}; repeatable")
     parser.add_argument(
-        "--tasks", default="ppl", help="comma-separated: 'ppl' (held-out loss), 'needle' (RULER's eight) or 'needle:single_1,…'"
+        "--tasks",
+        default="ppl",
+        help="comma-separated: 'ppl' (held-out loss), 'needle' (RULER's eight) or 'needle:single_1,…', 'harness:piqa,arc_easy,…'",
     )
     parser.add_argument("--out", metavar="DIR", help="write results.json there")
     parser.add_argument("--shards", help="data to score (default: the run's own data.shards)")
@@ -90,6 +102,8 @@ def _add_eval(verbs: Any) -> None:
     parser.add_argument("--samples", type=_positive, default=100, help="needle: prompts a task")
     parser.add_argument("--seed", type=int, default=0, help="needle: seed of the prompts")
     parser.add_argument("--needle-text", metavar="FILE", help="needle: a text to hide needles in (default: made-up sentences)")
+    parser.add_argument("--eval-data", metavar="DIR", help="harness: what data_tools/prepare_eval.py wrote")
+    parser.add_argument("--limit", type=_positive, help="harness: items a task (default: all)")
     parser.add_argument("--tokenizer", help="tokenizer file or folder (default: the one stored with the checkpoint)")
     _add_device(parser)
     parser.set_defaults(run=_eval)
@@ -180,6 +194,8 @@ def _eval(arguments: argparse.Namespace) -> None:
         samples=arguments.samples,
         seed=arguments.seed,
         needle_text=arguments.needle_text,
+        eval_data=arguments.eval_data,
+        limit=arguments.limit,
         tokenizer=arguments.tokenizer,
         device=arguments.device,
         precision=arguments.precision,

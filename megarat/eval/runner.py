@@ -18,13 +18,15 @@ from megarat.data.loader import evaluation_batches
 from megarat.data.reader import TokenReader, check_vocabulary
 from megarat.data.store import join
 from megarat.errors import UserError
+from megarat.eval.harness import HarnessScore, check_tasks, run_harness
+from megarat.eval.likelihood import Scorer
 from megarat.eval.needle import ANSWER_TOKENS, NeedleMaker, read_essay
 from megarat.eval.perplexity import PatternScore, score_patterns
 from megarat.eval.retrieval import NeedleScore, prompts_of, score_needle
 from megarat.eval.tasks import parse_tasks
 from megarat.infer.load import LoadedModel, load
 from megarat.infer.text import find_tokenizer
-from megarat.model.pattern import PatternSpec
+from megarat.model.pattern import PatternSpec, describe
 
 RESULTS_SCHEMA = 1
 SPLITS = ("train", "validation")
@@ -44,6 +46,8 @@ class EvalSettings:
     samples: int = 100  # of each needle task
     seed: int = 0  # of the needle tasks
     needle_text: str | None = None  # a text whose sentences are the haystack; None: made-up ones
+    eval_data: str | None = None  # the folder data_tools/prepare_eval.py wrote
+    limit: int | None = None  # items of each harness task
     tokenizer: str | None = None
     device: str | None = None
     precision: str | None = None
@@ -53,16 +57,20 @@ class EvalSettings:
 def evaluate(checkpoint: str | Path, settings: EvalSettings) -> dict[str, Any]:
     """Results of every task and pattern as plain values (the schema is in ``docs/evaluation.md``)."""
     tasks = parse_tasks(settings.tasks)
+    if "harness" in tasks:
+        check_tasks(settings.eval_data, tasks["harness"])
     patterns = list(settings.patterns) or ["dense"]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[settings.precision]
     model = load(checkpoint, patterns[0], settings.device, dtype)
     state = checkpoints.load_state(model.checkpoint)
     length = settings.sequence_length or state.config.data.sequence_length
-    rows: dict[str, Sequence[PatternScore | NeedleScore]] = {}
+    rows: dict[str, Sequence[PatternScore | NeedleScore | HarnessScore]] = {}
     if "ppl" in tasks:
         rows["ppl"] = _perplexity(model, patterns, settings.shards or state.config.data.primary, length, settings)
     if "needle" in tasks:
         rows["needle"] = _needle(model, patterns, tasks["needle"], length, settings)
+    if "harness" in tasks:
+        rows["harness"] = _harness(model, patterns, tasks["harness"], length, settings)
     return {
         "schema": RESULTS_SCHEMA,
         "megarat": megarat.__version__,
@@ -105,6 +113,21 @@ def _needle(
     return rows
 
 
+def _harness(
+    model: LoadedModel, patterns: list[PatternSpec], tasks: Sequence[str], length: int, settings: EvalSettings
+) -> list[HarnessScore]:
+    folder = check_tasks(settings.eval_data, tasks)
+    tokenizer = find_tokenizer(model, settings.tokenizer)
+    rows: list[HarnessScore] = []
+    for pattern in patterns:
+        resolved = model.resolve(pattern)
+        scorer = Scorer(model.lm, resolved, tokenizer, batch=settings.micro_batch, max_length=length)
+        with tqdm(desc=f"harness, {describe(resolved)}", unit="request", disable=not settings.progress) as bar:
+            scorer.on_answers = bar.update
+            rows += run_harness(scorer, describe(resolved), tasks, folder, settings.limit)
+    return rows
+
+
 def _counted(batches: Iterator[tuple[Tensor, Tensor]], bar: tqdm[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     for inputs_BT, labels_BT in batches:
         yield inputs_BT, labels_BT
@@ -124,7 +147,7 @@ def write_results(results: dict[str, Any], folder: str | Path) -> Path:
 
 def table(results: dict[str, Any]) -> str:
     """All rows as Markdown, one table a task."""
-    tables = {"ppl": _perplexity_table, "needle": _needle_table}
+    tables = {"ppl": _perplexity_table, "needle": _needle_table, "harness": _harness_table}
     return "\n\n".join(tables[task](rows) for task, rows in results["tasks"].items())
 
 
@@ -145,6 +168,21 @@ def _needle_table(rows: list[dict[str, Any]]) -> str:
     lines = [f"| needle, % (RULER / exact) | {' | '.join(tasks)} | KV cache per sequence |", "|---|" + "---:|" * (len(tasks) + 1)]
     lines += [f"| {pattern} | {' | '.join(cells[pattern, task] for task in tasks)} | {caches[pattern]} |" for pattern in caches]
     return "\n".join(lines)
+
+
+def _harness_table(rows: list[dict[str, Any]]) -> str:
+    """A line a pattern, a column a task: its metrics in the harness's own names, with their standard errors."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    patterns = list(dict.fromkeys(row["pattern"] for row in rows))
+    cells = {(row["pattern"], row["task"]): _metrics(row) for row in rows}
+    lines = [f"| harness | {' | '.join(tasks)} |", "|---|" + "---|" * len(tasks)]
+    lines += [f"| {pattern} | {' | '.join(cells[pattern, task] for task in tasks)} |" for pattern in patterns]
+    return "\n".join(lines)
+
+
+def _metrics(row: dict[str, Any]) -> str:
+    errors = {name: f" ± {error:.2g}" for name, error in row["stderr"].items()}
+    return ", ".join(f"{name} {value:.4g}{errors.get(name, '')}" for name, value in row["metrics"].items())
 
 
 def human_bytes(count: float) -> str:

@@ -1,4 +1,4 @@
-"""The names behind ``--tasks``: ``ppl,needle:single_1,multikey_2,harness:piqa`` is three tasks, two of them with a choice of parts."""
+"""The names behind ``--tasks``: ``ppl,needle:single_1,multikey_2,harness:piqa,sciq`` is three tasks, two of them with a choice of parts."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from megarat.errors import UserError
 from megarat.eval.needle import NEEDLE_TASKS
 
-TASKS = ("ppl", "needle")
+TASKS = ("ppl", "needle", "harness")
 
 
 def parse_tasks(pieces: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Comma-separated pieces to {task: chosen parts}; a piece that names no task is one more part of the task before it.
 
-    ``needle`` alone means all eight. Raises ``UserError`` for what is no task and no part of one.
+    ``needle`` alone means all eight; ``harness`` needs names, which its folder of data must hold. Raises ``UserError`` for what is no task and no part of one.
     """
     chosen: dict[str, list[str]] = {}
     current = ""
@@ -37,6 +37,10 @@ _PARTS: Mapping[str, tuple[str, ...]] = {"ppl": (), "needle": tuple(NEEDLE_TASKS
 
 
 def _check_parts(task: str, parts: list[str]) -> tuple[str, ...]:
+    if task == "harness":
+        if not parts:
+            raise UserError("--tasks harness: name its tasks, for example harness:piqa,arc_easy")
+        return tuple(dict.fromkeys(parts))
     known = _PARTS[task]
     for part in parts:
         if part not in known:

@@ -147,7 +147,7 @@ def test_bytes_are_written_with_their_unit(count, text):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": ("ppl", "arc")}, "--tasks: unknown task 'arc'; this version has ppl, needle"),
+        ({"tasks": ("ppl", "arc")}, "--tasks: unknown task 'arc'; this version has ppl, needle, harness"),
         ({"split": "test"}, "--split: 'test'; expected train or validation"),
         ({"patterns": ["dense", "D=0"]}, "the dilation D must be 1"),
         ({"patterns": [["dense"] * 5]}, "5 entries for 2 layers"),

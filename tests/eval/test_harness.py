@@ -1,0 +1,116 @@
+"""Tasks of lm-evaluation-harness through its own code, where it is installed; and what is said where something is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from data_tools.prepare_eval import SOURCES, override
+from megarat.errors import UserError
+from megarat.eval import harness
+from megarat.eval.harness import HarnessScore, check_tasks, run_harness
+from megarat.eval.likelihood import Scorer
+from megarat.eval.runner import table
+from megarat.eval.tasks import parse_tasks
+from megarat.model.pattern import resolve
+
+needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
+
+PIQA = [{"goal": f"Do {n}", "sol1": f"use {n * 7} of it", "sol2": f"take all {n}, then", "label": n % 2} for n in range(9)]
+LAMBADA = [{"text": f"It was {n} times as much as he had {word}"} for n, word in enumerate(["seen", "had", "known"])]
+ROWS = {"piqa": PIQA, "lambada_openai": LAMBADA}
+
+
+class Bytes:
+    """A tokenizer whose ids are the bytes of UTF-8, 0 being EOS."""
+
+    eos_id, vocab_size, file = 0, 256, Path("bytes")
+
+    def encode(self, texts):
+        return [list(text.encode()) for text in texts]
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+@pytest.fixture
+def prepared(tmp_path) -> Path:
+    for folder in ("data", "tasks"):
+        (tmp_path / folder).mkdir()
+    for task, rows in ROWS.items():
+        (tmp_path / "data" / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "tasks" / f"{task}.yaml").write_text(override(task, SOURCES[task]))
+    return tmp_path
+
+
+@needs_harness
+def test_scores_are_those_of_a_loop_over_the_items(published, prepared, tmp_path):
+    scorer = Scorer(published, resolve("D=8,W=4", 2, 2), Bytes(), batch=4, max_length=256)
+    piqa, lambada = run_harness(scorer, "D=8,W=4,I=0", ["piqa", "lambada_openai"], prepared)
+    right = right_by_length = 0
+    for row in PIQA:
+        choices = [row["sol1"], row["sol2"]]
+        totals = [
+            score.total for score in scorer.continuations([(f"Question: {row['goal']}\nAnswer:", f" {text}") for text in choices])
+        ]
+        right += max((0, 1), key=totals.__getitem__) == row["label"]
+        right_by_length += max((0, 1), key=lambda i: totals[i] / len(choices[i])) == row["label"]
+    assert piqa.metrics == pytest.approx({"acc": right / 9, "acc_norm": right_by_length / 9})
+    assert piqa.stderr["acc"] == pytest.approx(math.sqrt(right / 9 * (1 - right / 9) / 8))
+    assert (piqa.samples, lambada.samples) == (9, 3) and lambada.task == "lambada_openai"
+    cut = [row["text"].rpartition(" ") for row in LAMBADA]
+    scores = scorer.continuations([(context, f" {word}") for context, _, word in cut])
+    assert math.log(lambada.metrics["perplexity"]) == pytest.approx(-sum(score.total for score in scores) / 3)
+    assert lambada.metrics["acc"] == sum(score.greedy for score in scores) / 3
+
+
+@needs_harness
+def test_a_limit_takes_the_first_items(published, prepared):
+    scorer = Scorer(published, resolve("dense", 2, 2), Bytes(), batch=4, max_length=256)
+    [piqa] = run_harness(scorer, "dense", ["piqa"], prepared, limit=4)
+    assert piqa.samples == 4
+
+
+def test_missing_data_are_named_with_their_place(prepared):
+    with pytest.raises(UserError, match=r"needs local data; write it with: python -m data_tools.prepare_eval"):
+        check_tasks(None, ["piqa"])
+    with pytest.raises(UserError) as error:
+        check_tasks(prepared, ["piqa", "boolq"])
+    assert f"{prepared}/tasks/boolq.yaml is missing (found in {prepared}: lambada_openai, piqa)" in str(error.value)
+    (prepared / "data" / "piqa.jsonl").unlink()
+    with pytest.raises(UserError, match=r"data/piqa.jsonl is missing"):
+        check_tasks(prepared, ["piqa"])
+
+
+def test_without_the_harness_it_is_asked_for(prepared, monkeypatch):
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="lm-evaluation-harness is not installed; pip install"):
+        check_tasks(prepared, ["piqa"])
+
+
+def test_harness_tasks_are_named_one_by_one():
+    assert parse_tasks("ppl,harness:piqa,sciq,needle:single_1".split(",")) == {
+        "ppl": (),
+        "harness": ("piqa", "sciq"),
+        "needle": ("single_1",),
+    }
+    with pytest.raises(UserError, match="name its tasks, for example harness:piqa,arc_easy"):
+        parse_tasks(["harness"])
+
+
+def test_generation_requests_are_read_and_sampling_is_refused():
+    assert harness._generation("p", {"until": "\n", "do_sample": False, "temperature": 0.0}) == ("p", ["\n"], 256)
+    assert harness._generation("p", {"until": ["a", "b"], "max_gen_toks": 7}) == ("p", ["a", "b"], 7)
+    with pytest.raises(UserError, match="a task asks for sampling"):
+        harness._generation("p", {"temperature": 0.7})
+
+
+def test_the_table_and_the_documentation_show_every_field():
+    row = HarnessScore("dense", "piqa", {"acc": 0.5, "bits": 2.0}, {"acc": 0.125}, 4, 1.0, 0.1).to_dict()
+    assert "| dense | acc 0.5 ± 0.12, bits 2 |" in table({"tasks": {"harness": [row]}})
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in row)
