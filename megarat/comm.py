@@ -12,11 +12,16 @@ and |x| the bytes of the whole tensor; every rank sends about what is named.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
+
+from megarat.errors import ToldByFirstRank, UserError
+
+Result = TypeVar("Result")
 
 
 def size(group: ProcessGroup | None) -> int:
@@ -147,3 +152,49 @@ class _SwapSlices(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The same with the dims exchanged."""
         return _swapped(gradient, ctx.group, ctx.join, ctx.split), None, None, None
+
+
+# ---- agreement between processes ----------------------------------------------------------------------------------------------------
+
+
+def first_decides(decide: Callable[[], Result], group: ProcessGroup | None) -> Result:
+    """What ``decide`` returns on the first rank, on every rank (a pickled broadcast).
+
+    A ``UserError`` there is raised there, and as ``ToldByFirstRank`` elsewhere. All ranks call it.
+    """
+    if size(group) == 1:
+        return decide()
+    told: list[Any] = [None, None]
+    if rank(group) == 0:
+        try:
+            told[0] = decide()
+        except UserError as error:
+            told[1] = error
+    distributed.broadcast_object_list(told, group=group, group_src=0)
+    if told[1] is not None:
+        raise told[1] if rank(group) == 0 else ToldByFirstRank(str(told[1]))
+    return told[0]  # type: ignore[no-any-return]
+
+
+def gather_objects(value: Result, group: ProcessGroup | None) -> list[Result]:
+    """Every rank's value, by rank, on every rank (pickled)."""
+    if size(group) == 1:
+        return [value]
+    values: list[Any] = [None] * size(group)
+    distributed.all_gather_object(values, value, group=group)
+    return values
+
+
+def sum_wrapped(value: int, group: ProcessGroup | None, device: torch.device) -> int:
+    """The ranks' sum modulo 2**64 of integers in [0, 2**64). All-reduces 8 bytes: the group's backend sets the device."""
+    if size(group) == 1:
+        return value
+    signed = value - (1 << 64) if value >= 1 << 63 else value
+    total = torch.tensor(signed, dtype=torch.int64, device=device)  # int64 additions wrap, as the sum shall
+    distributed.all_reduce(total, group=group)
+    return int(total) % (1 << 64)
+
+
+def any_rank(flag: bool, group: ProcessGroup | None, device: torch.device) -> bool:
+    """Whether the flag is set on one of the ranks. All-reduces 8 bytes."""
+    return sum_wrapped(int(flag), group, device) > 0

@@ -14,5 +14,9 @@ class UserError(Exception):
     """
 
 
+class ToldByFirstRank(UserError):
+    """The same on another rank than the first, which reports it for all: the command line exits with code 2 and says nothing."""
+
+
 class StoppedEarly(Exception):
     """A run ended before its last pair because it was asked to; its checkpoint is complete (exit code 75)."""

@@ -85,7 +85,8 @@ class Coordinates(NamedTuple):
 # Replicas average gradients: ranks that hold the same weights and see other tokens. Model ranks hold parts of one set of weights.
 TENSOR, PIPELINE, DATA, CONTEXT = ("tensor",), ("pipeline",), ("data",), ("context",)
 REPLICAS, MODEL = ("data", "context"), ("pipeline", "tensor")
-_AXES = (TENSOR, PIPELINE, DATA, CONTEXT, REPLICAS, MODEL)
+_WORLD = Shape._fields
+_AXES = (TENSOR, PIPELINE, DATA, CONTEXT, REPLICAS, MODEL, _WORLD)
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ class Mesh:
     def group(self, axes: tuple[str, ...]) -> ProcessGroup:
         """The process group of the ranks that differ from this one along ``axes`` only (one of the named tuples of this module)."""
         return self._groups[axes]
+
+    @property
+    def world(self) -> ProcessGroup:
+        """All ranks."""
+        return self._groups[_WORLD]
 
     def describe(self) -> dict[str, int]:
         """What a checkpoint records about the mesh that wrote it."""

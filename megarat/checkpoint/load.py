@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from megarat import comm
 from megarat.checkpoint.manifest import (
     LATEST,
     MANIFEST,
@@ -33,9 +35,11 @@ from megarat.checkpoint.manifest import (
     pair_of,
     read_manifest,
 )
+from megarat.checkpoint.shards import LoadPlanner, as_state_dict
 from megarat.config import ModelConfig
 from megarat.errors import UserError
 from megarat.model import names
+from megarat.parallel.fragments import Fragments
 
 CHECKPOINTS = "checkpoints"
 
@@ -117,16 +121,42 @@ def load_optimizer(path: str | Path) -> dict[str, dict[str, Tensor]]:
 
     Raises ``UserError`` for a checkpoint without an optimizer (an imported one).
     """
-    folder = resolve(path)
-    if not _holds(folder, OPTIMIZER):
-        raise UserError(
-            f"{folder}: holds weights only, no optimizer to resume from; start a run from it with megarat adapt --from"
-        )
+    folder = _with_optimizer(path)
     state: dict[str, dict[str, Tensor]] = {"master": load_weights(folder)}
     for key, tensor in _read_tensors(folder, OPTIMIZER).items():
         kind, _, name = key.partition(".")
         state.setdefault(kind, {})[name] = tensor
     return state
+
+
+def load_weights_into(path: str | Path, weights: Mapping[str, Fragments], group: ProcessGroup | None) -> None:
+    """Fill this rank's part of the weights, from the fp32 masters where the checkpoint has them.
+
+    Files are proved once, each rank its share of them; then a rank reads what its own boxes need, whatever mesh wrote them. All ranks of
+    ``group`` call it.
+    """
+    folder = resolve(path)
+    _read_into(folder, MASTERS if _holds(folder, MASTERS) else WEIGHTS, weights, group)
+
+
+def load_optimizer_into(path: str | Path, state: Mapping[str, Mapping[str, Fragments]], group: ProcessGroup | None) -> None:
+    """Fill this rank's part of the masters and of Adam's moments (``Engine.state``), likewise.
+
+    Raises ``UserError`` for a checkpoint without an optimizer (an imported one).
+    """
+    folder = _with_optimizer(path)
+    load_weights_into(folder, state["master"], group)
+    moments = {f"{kind}.{name}": held for kind, named in state.items() if kind != "master" for name, held in named.items()}
+    _read_into(folder, OPTIMIZER, moments, group)
+
+
+def _with_optimizer(path: str | Path) -> Path:
+    folder = resolve(path)
+    if not _holds(folder, OPTIMIZER):
+        raise UserError(
+            f"{folder}: holds weights only, no optimizer to resume from; start a run from it with megarat adapt --from"
+        )
+    return folder
 
 
 def check_model(folder: Path, saved: ModelConfig, wanted: ModelConfig) -> None:
@@ -204,11 +234,13 @@ def _holds(folder: Path, part: str) -> bool:
     return any(name.startswith(part + "/") for name in read_manifest(folder))
 
 
-def _prove(folder: Path, part: str) -> None:
-    """Check the files of one part (a file or a subfolder) against the manifest."""
+def _prove(folder: Path, part: str, group: ProcessGroup | None = None) -> None:
+    """Check the files of one part (a file or a subfolder) against the manifest, each rank of ``group`` its share."""
     manifest = read_manifest(folder)
     files = [name for name in manifest if name == part or name.startswith(part + "/")]
-    damage = find_damage(folder, manifest, files) if files else [f"{part} is not in {MANIFEST}"]
+    own = files[comm.rank(group) :: comm.size(group)]
+    damage = find_damage(folder, manifest, own) if files else [f"{part} is not in {MANIFEST}"]
+    damage = [line for lines in comm.gather_objects(damage, group) for line in lines]
     if damage:
         raise UserError(
             f"{folder}: damaged checkpoint: {'; '.join(damage)}. Restore it from a copy, or move it away to use an older checkpoint"
@@ -231,6 +263,19 @@ def _read_tensors(folder: Path, part: str) -> dict[str, Tensor]:
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
+
+
+def _read_into(folder: Path, part: str, tensors: Mapping[str, Fragments], group: ProcessGroup | None) -> None:
+    """Fill this rank's boxes from one part of a checkpoint, after its files are proved; the reading itself needs no other rank."""
+    _prove(folder, part, group)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        state_dict_loader.load(
+            as_state_dict(tensors),
+            storage_reader=_Reader(folder / part),
+            planner=LoadPlanner(),
+            no_dist=True,
+        )
 
 
 def _shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:

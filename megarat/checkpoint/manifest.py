@@ -24,10 +24,14 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megarat import comm
 from megarat.config import Config, from_dict
 from megarat.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 WEIGHTS, MASTERS, OPTIMIZER, TOKENIZER = "weights", "masters", "optimizer", "tokenizer"
@@ -112,15 +116,28 @@ class FileEntry(NamedTuple):
 Manifest = dict[str, FileEntry]  # by path relative to the checkpoint folder
 
 
-def write_manifest(folder: Path) -> None:
-    """Hash every file of ``folder`` and write its manifest, synced to the disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def write_manifest(folder: Path, group: ProcessGroup | None = None) -> None:
+    """Hash every file of ``folder``, each rank its share, and write the manifest; all is synced to the disk."""
+    files = comm.first_decides(lambda: _files(folder), group)
+    own = files[comm.rank(group) :: comm.size(group)]
+    for name in own:
+        sync(folder / name)
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        hashes = list(pool.map(_sha256, files))
-    manifest = {
-        path.relative_to(folder).as_posix(): FileEntry(path.stat().st_size, digest)
-        for path, digest in zip(files, hashes, strict=True)
-    }
+        hashes = list(pool.map(lambda name: _sha256(folder / name), own))
+    entries = {name: FileEntry((folder / name).stat().st_size, digest) for name, digest in zip(own, hashes, strict=True)}
+    manifest = {name: entry for part in comm.gather_objects(entries, group) for name, entry in part.items()}
+    if comm.rank(group) == 0:
+        _write_manifest(folder, dict(sorted(manifest.items())))
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync(path)
     tree = {"schema": SCHEMA_VERSION, "files": {name: entry._asdict() for name, entry in manifest.items()}}
     write_synced(folder / MANIFEST, json.dumps(tree | {"sha256": fingerprint(manifest)}, indent=2) + "\n")
 

@@ -2,6 +2,9 @@
 
 A crash at any point leaves either the previous checkpoints alone or the new one whole: everything is built in a hidden sibling folder
 and becomes a checkpoint by one rename.
+
+On many ranks every rank writes, syncs and hashes its own part; the first makes the folder, and renames it once all have told it that they
+are done. A rank that fails fails the save on all.
 """
 
 from __future__ import annotations
@@ -18,11 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 import megarat
+from megarat import comm
 from megarat.checkpoint.manifest import (
     DISCARDED_PREFIX,
     LATEST,
@@ -40,8 +45,9 @@ from megarat.checkpoint.manifest import (
     write_manifest,
     write_synced,
 )
+from megarat.checkpoint.shards import Held, SavePlanner, as_state_dict, bytes_held
 from megarat.config import Config, ModelConfig
-from megarat.errors import UserError
+from megarat.errors import ToldByFirstRank, UserError
 from megarat.model.pattern import describe
 
 _FILE_BYTES = 1 << 30  # about this much per file, so that several threads can write and check a large checkpoint
@@ -50,27 +56,31 @@ _MAX_FILES = 8
 
 @dataclass
 class Snapshot:
-    """What one checkpoint holds."""
+    """What one checkpoint holds: whole tensors, or on many ranks this rank's fragments of each."""
 
     state: CheckpointState
-    weights: Mapping[str, Tensor]  # by logical name, in the model's dtype
-    masters: Mapping[str, Tensor] = field(default_factory=dict)  # fp32; empty when the weights are
-    moments: Mapping[str, Mapping[str, Tensor]] = field(
+    weights: Mapping[str, Held]  # by logical name, in the model's dtype
+    masters: Mapping[str, Held] = field(default_factory=dict)  # fp32; empty when the weights are
+    moments: Mapping[str, Mapping[str, Held]] = field(
         default_factory=dict
     )  # kind -> logical name -> fp32; empty for weights only
     tokenizer: Path | None = None  # file or folder to copy
 
 
-def save(checkpoints: Path, snapshot: Snapshot) -> Path:
-    """Write ``checkpoints/pair_…``, point ``latest`` at it, and return the folder.
+def save(checkpoints: Path, snapshot: Snapshot, group: ProcessGroup | None = None) -> Path:
+    """Write ``checkpoints/pair_…``, point ``latest`` at it, and return the folder. All ranks of ``group`` call it, each with its part.
 
     Raises ``UserError`` when the disk refuses (full, quota, permissions); earlier checkpoints and ``latest`` are then untouched.
     """
     target = checkpoints / folder_name(snapshot.state.pair)
-    with _commit(target) as staging:
-        _write(staging, snapshot)
-    with _disk_errors(checkpoints / LATEST):
-        replace_synced(checkpoints / LATEST, target.name + "\n")
+    with _commit(target, group) as staging:
+        _write(staging, target, snapshot, group)
+
+    def point() -> None:
+        with _disk_errors(checkpoints / LATEST):
+            replace_synced(checkpoints / LATEST, target.name + "\n")
+
+    comm.first_decides(point, group)
     return target
 
 
@@ -96,8 +106,10 @@ def save_imported(
     config.run.dir, config.data.shards = str(out), "(imported weights: name the data)"
     parent = {"kind": "import", "path": str(source.resolve()), **told}
     state = CheckpointState("import", int(told.get("step") or 0), 0, config, describe(config.patterns), "fp32", parent=parent)
-    with _commit(out) as staging:
-        _write(staging, Snapshot(state, {name: tensor.float() for name, tensor in weights.items()}, tokenizer=tokenizer))
+    with _commit(out, None) as staging:
+        _write(
+            staging, out, Snapshot(state, {name: tensor.float() for name, tensor in weights.items()}, tokenizer=tokenizer), None
+        )
     return out
 
 
@@ -117,27 +129,40 @@ def remove_leftovers(checkpoints: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(folder: Path, snapshot: Snapshot) -> None:
+def _write(folder: Path, target: Path, snapshot: Snapshot, group: ProcessGroup | None) -> None:
+    """Fill ``folder``, which is to become ``target``."""
+    comm.first_decides(lambda: _write_description(folder, target, snapshot), group)
+    _write_tensors(folder / WEIGHTS, snapshot.weights, group)
+    if snapshot.masters:
+        _write_tensors(folder / MASTERS, snapshot.masters, group)
+    if snapshot.moments:
+        moments = {f"{kind}.{name}": tensor for kind, named in snapshot.moments.items() for name, tensor in named.items()}
+        _write_tensors(folder / OPTIMIZER, moments, group)
+
+
+def _write_description(folder: Path, target: Path, snapshot: Snapshot) -> None:
+    """All that is no tensor."""
     state = snapshot.state
     state.versions = {"megarat": megarat.__version__, "torch": str(torch.__version__)}
     state.saved_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    write_synced(folder / STATE, state.to_json())
-    _write_tensors(folder / WEIGHTS, snapshot.weights)
-    if snapshot.masters:
-        _write_tensors(folder / MASTERS, snapshot.masters)
-    if snapshot.moments:
-        moments = {f"{kind}.{name}": tensor for kind, named in snapshot.moments.items() for name, tensor in named.items()}
-        _write_tensors(folder / OPTIMIZER, moments)
-    if snapshot.tokenizer is not None:
-        _copy_tokenizer(snapshot.tokenizer, folder / TOKENIZER)
+    with _disk_errors(target):
+        write_synced(folder / STATE, state.to_json())
+        if snapshot.tokenizer is not None:
+            _copy_tokenizer(snapshot.tokenizer, folder / TOKENIZER)
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    writer = FileSystemWriter(folder, thread_count=min(_MAX_FILES, 1 + size // _FILE_BYTES))
+def _write_tensors(folder: Path, tensors: Mapping[str, Held], group: ProcessGroup | None) -> None:
+    """This rank's files of one part; torch syncs them, and fails on every rank when it fails on one."""
+    writer = FileSystemWriter(folder, thread_count=min(_MAX_FILES, 1 + bytes_held(tensors) // _FILE_BYTES))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=True)
+        state_dict_saver.save(
+            as_state_dict(tensors),
+            storage_writer=writer,
+            planner=SavePlanner(),
+            process_group=group,
+            no_dist=comm.size(group) == 1,
+        )
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
@@ -149,21 +174,46 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _commit(target: Path) -> Iterator[Path]:
-    """A hidden folder to fill, which becomes ``target`` at the end of the block, whole, or vanishes."""
+def _commit(target: Path, group: ProcessGroup | None) -> Iterator[Path]:
+    """A hidden folder to fill, which becomes ``target`` at the end of the block, whole, or vanishes; every rank fills its part."""
+    staging = comm.first_decides(lambda: _stage(target), group)
+    try:
+        with _failing_together(target, group):
+            yield staging
+        with _failing_together(target, group):
+            write_manifest(staging, group)
+        comm.first_decides(lambda: _publish(staging, target), group)
+    finally:
+        if comm.rank(group) == 0:
+            shutil.rmtree(staging, ignore_errors=True)  # after the rename there is nothing to remove
+
+
+def _stage(target: Path) -> Path:
     staging = target.with_name(f"{STAGING_PREFIX}{target.name}-{os.getpid()}")
+    with _disk_errors(target):
+        staging.mkdir(parents=True)
+    return staging
+
+
+def _publish(staging: Path, target: Path) -> None:
+    with _disk_errors(target):
+        sync(staging)
+        staging.rename(target)  # refused by the system if there is a checkpoint of this name
+        sync(target.parent)
+
+
+@contextlib.contextmanager
+def _failing_together(target: Path, group: ProcessGroup | None) -> Iterator[None]:
+    """Let every rank leave the block in the same way: a ``UserError`` on one is told by the first rank, and raised on all."""
+    failure: UserError | None = None
     try:
         with _disk_errors(target):
-            staging.mkdir(parents=True)
-            yield staging
-            for path in staging.rglob("*"):
-                sync(path)
-            write_manifest(staging)
-            sync(staging)
-            staging.rename(target)  # refused by the system if there is a checkpoint of this name
-            sync(target.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)  # after the rename there is nothing to remove
+            yield
+    except UserError as error:
+        failure = error
+    failures = [told for told in comm.gather_objects(None if failure is None else str(failure), group) if told is not None]
+    if failures:
+        raise UserError(failures[0]) if comm.rank(group) == 0 else ToldByFirstRank(failures[0])
 
 
 def _discard(folder: Path) -> None:

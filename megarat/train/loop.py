@@ -9,15 +9,17 @@ import errno
 import sys
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from megarat import comm
 from megarat.checkpoint.manifest import CheckpointState
 from megarat.config import Config
 from megarat.data.loader import PairBatch, chain
 from megarat.errors import StoppedEarly, UserError
 from megarat.log import RunLog
+from megarat.mesh import DATA, start
 from megarat.model.flops import pair_flops_per_token, parameter_count, peak_flops
 from megarat.model.pattern import describe
 from megarat.train.guard import SkipCounter, StopRequest, run_lock
@@ -39,50 +41,63 @@ def pretrain(config: Config) -> Path:
 def train(config: Config, kind: str, parent: Parent | None = None) -> Path:
     """Run the loop as ``kind`` ("pretrain" or "adapt"); a new run takes its weights from ``parent``, else random ones."""
     run_dir = Path(config.run.dir)
-    _make_folder(run_dir)
-    with _full_disk(run_dir), run_lock(run_dir), StopRequest(config.train.wall_clock_minutes).listening() as stop:
-        resume = open_run(config, kind)
+    mesh = start(config.run.device, config)
+    with ExitStack() as stack:
+        stack.enter_context(_full_disk(run_dir))
+        comm.first_decides(lambda: _enter(run_dir, stack), mesh.world)
+        stop = stack.enter_context(StopRequest(config.train.wall_clock_minutes).listening())
+        resume = comm.first_decides(lambda: open_run(config, kind), mesh.world)
         if resume is not None and resume.state.pair >= config.train.pairs:
-            print(f"{run_dir}: finished after {resume.state.pair} pairs; raise train.pairs to train on", file=sys.stderr)
+            if mesh.is_first:
+                print(f"{run_dir}: finished after {resume.state.pair} pairs; raise train.pairs to train on", file=sys.stderr)
             return resume.folder
-        run = build(config, kind, resume, parent)
-        record_start(config)
-        with RunLog(run_dir, config, run.state.pair, run.mesh.is_first) as log:
-            log.say(_headline(run))
-            return _loop(run, stop, log)
+        run = build(config, kind, mesh, resume, parent)
+        if mesh.is_first:
+            record_start(config)
+        log = stack.enter_context(RunLog(run_dir, config, run.state.pair, mesh.is_first))
+        log.say(_headline(run))
+        return _loop(run, stop, log)
 
 
 def _loop(run: Run, stop: StopRequest, log: RunLog) -> Path:
-    """Train pair after pair; returns the last checkpoint or raises ``StoppedEarly``."""
-    config, state = run.config, run.state
+    """Train pair after pair; returns the last checkpoint or raises ``StoppedEarly``. All ranks stop after the same pair."""
+    config, state, mesh = run.config, run.state, run.mesh
     skips = SkipCounter(config.train.max_skipped, state.skipped, state.skipped_in_row)
     clock = _Clock(run)
     saved = run.resumed_from
     batches = cast("Generator[PairBatch]", run.loader.iterate(state.pair, config.data.prefetch))
     with closing(batches):
-        while state.pair < config.train.pairs and stop.reason is None:
+        while state.pair < config.train.pairs and not comm.any_rank(stop.reason is not None, mesh.world, mesh.device):
             batch = clock.wait_for(batches)
             lr = learning_rate(state.pair, config.train.pairs, config.optim)
             result = train_pair(run.engine, batch.micro_batches, config.sparse_patterns, config.patterns, lr)
             skips.record(state.pair, result.finite)
-            _advance(state, batch, skips.in_row)
+            digest = comm.sum_wrapped(batch.digest, mesh.group(DATA), mesh.device)
+            _advance(state, batch.tokens, digest, skips.in_row)
             log.pair(clock.metrics(batch, result, lr))
             saved = run.save() if state.pair % config.checkpoint.every == 0 else None
     saved = saved or run.save()
     if state.pair < config.train.pairs:
+        reasons = [reason for reason in comm.gather_objects(stop.reason, mesh.world) if reason is not None]
         raise StoppedEarly(
-            f"stopped after pair {state.pair} of {config.train.pairs} ({stop.reason}); {saved} is complete, the same command goes on from it"
+            f"stopped after pair {state.pair} of {config.train.pairs} ({reasons[0]}); {saved} is complete, the same command goes on from it"
         )
     log.say(f"{config.run.dir}: finished {state.pair} pairs, {state.tokens:,} tokens; {saved}")
     return saved
 
 
-def _advance(state: CheckpointState, batch: PairBatch, skipped_in_row: int) -> None:
+def _advance(state: CheckpointState, tokens: int, digest: int, skipped_in_row: int) -> None:
     """Move counters and stream hash past a pair; a skipped pair has used its tokens and its place in the schedule, too."""
     state.pair += 1
-    state.tokens += batch.tokens
-    state.stream_hash = chain(state.stream_hash, batch.digest)
+    state.tokens += tokens
+    state.stream_hash = chain(state.stream_hash, digest)
     state.skipped_in_row = skipped_in_row
+
+
+def _enter(run_dir: Path, stack: ExitStack) -> None:
+    """The run folder, made if need be and locked by the first rank for as long as the stack lives."""
+    _make_folder(run_dir)
+    stack.enter_context(run_lock(run_dir))
 
 
 def _make_folder(run_dir: Path) -> None:
@@ -109,9 +124,11 @@ def _full_disk(run_dir: Path) -> Iterator[None]:
 def _headline(run: Run) -> str:
     config = run.config
     sparse = "" if config.sparse_patterns is None else f"{describe(config.sparse_patterns)} then "
+    mesh = f" x {run.mesh.world_size} ({run.mesh.shape})" if run.mesh.world_size > 1 else ""
     where = f"resuming after pair {run.state.pair} from {run.resumed_from}" if run.resumed_from else "new run"
     return (
-        f"{config.run.dir}: {parameter_count(config.model) / 1e6:,.1f} M parameters on {run.mesh.device}, {run.engine.precision}, ZeRO {config.parallel.zero}; "
+        f"{config.run.dir}: {parameter_count(config.model) / 1e6:,.1f} M parameters on {run.mesh.device.type}{mesh}, "
+        f"{run.engine.precision}, ZeRO {config.parallel.zero}; "
         f"{sparse}{describe(config.patterns)}; {config.train.pairs} pairs; {where}"
     )
 

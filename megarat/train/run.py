@@ -19,7 +19,7 @@ from megarat.data.loader import Loader, PairSource
 from megarat.data.tokenizer import load_tokenizer
 from megarat.engine import MASTER, Engine, resolve_precision
 from megarat.errors import UserError
-from megarat.mesh import TENSOR, Mesh, start
+from megarat.mesh import TENSOR, Mesh
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import describe
 from megarat.parallel.tensor import TensorParallel
@@ -48,26 +48,26 @@ class Run:
     def save(self) -> Path:
         """Write a checkpoint of this moment and remove those the config no longer keeps."""
         folder = Path(self.config.run.dir) / checkpoints.CHECKPOINTS
-        named, self.state.optimizer_steps = self.engine.named_state()
-        masters = named.pop(MASTER)
-        in_fp32 = self.engine.precision == "fp32"
+        parts, self.state.optimizer_steps = self.engine.state(), self.engine.steps
+        masters = parts.pop(MASTER)
+        in_fp32, dtype = self.engine.precision == "fp32", self.engine.dtype
         tokenizer = Path(self.config.data.primary) / "tokenizer"
         self.state.random_state = _random_state()
         snapshot = Snapshot(
             state=self.state,
-            weights=masters if in_fp32 else {name: master.to(self.engine.dtype) for name, master in masters.items()},
+            weights=masters if in_fp32 else {name: held.map(lambda master: master.to(dtype)) for name, held in masters.items()},
             masters={} if in_fp32 else masters,
-            moments=named,
+            moments=parts,
             tokenizer=tokenizer if tokenizer.is_dir() else None,
         )
-        saved = save(folder, snapshot)
-        prune(folder, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+        saved = save(folder, snapshot, self.mesh.world)
+        if self.mesh.is_first:
+            prune(folder, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
         return saved
 
 
-def build(config: Config, kind: str, resume: Resume | None, parent: Parent | None) -> Run:
+def build(config: Config, kind: str, mesh: Mesh, resume: Resume | None, parent: Parent | None) -> Run:
     """Data, model and engine: in the state of a checkpoint, or new with the weights of ``parent``, or new with random ones."""
-    mesh = start(config.run.device, config)
     precision = resolve_precision(config.train.precision, mesh.device)
     loader, data_identity = _open_data(config, mesh)
     if resume is not None:
@@ -78,13 +78,15 @@ def build(config: Config, kind: str, resume: Resume | None, parent: Parent | Non
     engine = Engine(model, config, mesh)
     if resume is not None:
         state = resume.state
-        engine.load_named_state(checkpoints.load_optimizer(resume.folder), state.optimizer_steps)
+        checkpoints.load_optimizer_into(resume.folder, engine.state(), mesh.world)
+        engine.adopt(state.optimizer_steps)
         _restore_random_state(state.random_state)
         state.config = config
     else:
         state = CheckpointState(kind, 0, 0, config, describe(config.patterns), precision, data_identity=data_identity)
         if parent is not None:
-            engine.load_weights(checkpoints.load_weights(parent.folder))
+            checkpoints.load_weights_into(parent.folder, engine.state()[MASTER], mesh.world)
+            engine.adopt(0)
             state.parent = parent.provenance
     state.mesh = mesh.describe() | {"zero": config.parallel.zero}
     return Run(config, mesh, engine, loader, state, resume.folder if resume else None)
