@@ -262,7 +262,8 @@ class Piece(NamedTuple):
 
 def join_documents(documents: Iterable[list[int]], eos_id: int, dtype: np.dtype[Any]) -> Piece:
     """Documents as ids, without special ids -> one stretch of the stream."""
-    arrays = [np.array([*ids, eos_id], dtype=dtype) for ids in documents]
+    # by way of int64: numpy turns a list into a narrow type half as fast
+    arrays = [np.array([*ids, eos_id], dtype=np.int64).astype(dtype) for ids in documents]
     lengths = np.array([len(array) for array in arrays], dtype=np.int64)
     return Piece(np.concatenate(arrays) if arrays else np.empty(0, dtype), np.cumsum(lengths))
 
