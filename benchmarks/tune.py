@@ -1,4 +1,4 @@
-"""Sweeps the kernels' tile tables: `python -m benchmarks.tune [--only NAME] [--compile I/N]`.
+"""Sweeps the kernels' tile tables: `python -m benchmarks.tune scan|attention|decode [--compile I/N]`.
 
 The winners are written by hand into the tables at the top of each kernel module, so that nothing is ever tuned inside a training step
 and every rank makes the same choice. `--compile I/N` only compiles every N-th variant at a small shape, to fill Triton's cache from
@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.cases import decode_graph
 from benchmarks.measure import measure_ceilings, time_cuda
 from megarat.ops import rotary_tables
+from megarat.ops.kernels import decode_attention as decode
 from megarat.ops.kernels import dilated_attention as attention
 from megarat.ops.kernels import gated_scan as scan
 
@@ -23,18 +25,20 @@ Variant = tuple[str, Callable[[], object]]
 
 # (pairs, segments, steps, warps, registers)
 SCAN_FORWARD = [
-    (64, 4, 8, 2, 255), (64, 4, 8, 2, 168), (64, 4, 4, 2, 255), (64, 4, 4, 2, 168), (64, 4, 8, 4, 128), (64, 8, 4, 4, 168), (64, 8, 8, 4, 255),
-    (64, 8, 8, 8, 128), (32, 16, 8, 8, 128), (32, 16, 8, 8, 255), (64, 16, 8, 8, 255), (64, 4, 4, 4, 80),
+    (64, 8, 8, 8, 128), (64, 8, 8, 8, 255), (64, 8, 4, 4, 168), (64, 4, 8, 2, 255), (32, 16, 8, 8, 128), (32, 32, 8, 16, 128), (32, 16, 8, 4, 255),
 ]  # fmt: skip
 SCAN_BACKWARD = [
-    (64, 4, 8, 4, 255), (64, 4, 8, 4, 168), (64, 4, 4, 4, 168), (64, 4, 4, 4, 128), (64, 4, 4, 2, 255), (64, 4, 8, 8, 128),
-    (64, 4, 4, 8, 80), (32, 16, 8, 8, 255), (64, 8, 8, 8, 255), (64, 8, 4, 8, 128),
+    (64, 4, 8, 4, 255), (64, 4, 4, 4, 128), (64, 4, 4, 4, 112), (32, 8, 8, 4, 255), (64, 8, 4, 8, 128), (32, 16, 8, 8, 255), (64, 8, 8, 8, 255),
+    (32, 16, 8, 16, 128),
 ]  # fmt: skip
 ATTENTION_FORWARD = [
     (128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (64, 16, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3), (128, 128, 8, 2),
 ]  # fmt: skip
 QUERIES = [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (64, 16, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2)]
 KEYS = [(64, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 3), (64, 64, 4, 3)]
+
+
+DECODE = [(64, 4, 3), (32, 4, 3), (32, 2, 3), (16, 2, 2), (64, 8, 2)]  # slots, warps, load stages
 
 
 def projections(count: int, batch: int, length: int) -> tuple[torch.Tensor, ...]:
@@ -58,10 +62,9 @@ def scan_variants(batch: int, length: int) -> Iterator[Variant]:
     k, v, g = projections(3, batch, length)
     dk, dv = projections(2, batch, length)
     cos, sin = rotary_tables(torch.arange(length, device="cuda"), 128)
-    last = torch.zeros(2, batch, 16, 128, device="cuda").unbind(0)
 
     def forward() -> tuple[torch.Tensor, ...]:
-        return scan.scan_forward(k, v, g, cos, sin, None, None, torch.bfloat16)
+        return scan.scan_forward(k, v, g, cos, sin, None, None, torch.bfloat16, False)
 
     for tile in SCAN_FORWARD:
         yield (
@@ -70,10 +73,10 @@ def scan_variants(batch: int, length: int) -> Iterator[Variant]:
         )
     for tile in SCAN_BACKWARD:
         regime = lambda k, tile=tile: (tile, tile)  # noqa: E731
-        states = torch.randn(-(-length // (tile[1] * tile[2])) + 1, 2, batch, 16, 128, device="cuda")
+        states = torch.randn(-(-length // (tile[1] * tile[2])), 2, batch, 16, 128, device="cuda")
 
         def backward(states: torch.Tensor = states) -> object:
-            return scan.scan_backward(k, v, g, cos, sin, None, states, dk, dv, last)
+            return scan.scan_backward(k, v, g, cos, sin, None, states, dk, dv, None)
 
         yield f"scan backward {batch}x{length} {tile}", with_table(scan, "_tiles", regime, backward)
 
@@ -99,22 +102,41 @@ def attention_variants(batch: int, length: int, pattern: tuple[int, int, int], b
         yield f"attention backward keys {label} {tile}", with_table(attention, "KEY_TILE", tile, run_backward)
 
 
-def all_variants(small: bool) -> Iterator[Variant]:
-    """Every variant at its real shapes, or once at a small shape with the same compiled code."""
+def decode_variants() -> Iterator[Variant]:
+    """Whole steps of the 1.5B model at 64 sequences of 4096 tokens; a graph is captured on the first run of a variant."""
+    for pattern in ((64, 0, 0), (16, 256, 0)):
+        for tile in DECODE:
+            graphs: list[Callable[[], object]] = []
+
+            def replay(graphs: list[Callable[[], object]] = graphs, pattern: tuple[int, int, int] = pattern) -> object:
+                if not graphs:
+                    graphs.append(decode_graph(24, 2048, 32000, 64, 4096, pattern))
+                return graphs[0]()
+
+            yield f"decode step 64x4096 {pattern} {tile}", with_table(decode, "TILE", tile, replay)
+
+
+def all_variants(group: str, small: bool) -> Iterator[Variant]:
+    """Every variant of a group at its real shapes, or once at a small shape with the same compiled code."""
     batch, length = (2, 1024) if small else (8, 4096)
-    yield from scan_variants(batch, length)
+    if group == "decode":
+        yield from decode_variants()
+        return
+    if group == "scan":
+        yield from scan_variants(batch, length)
+        yield from scan_variants(1, 4096 if small else 131072)
+        return
     yield from attention_variants(batch, length, (64, 0, 0), backward=True)
     yield from attention_variants(batch, length, (16, 256, 4), backward=True)
-    yield from scan_variants(1, 4096 if small else 131072)
     if not small:
         yield from attention_variants(batch, length, (16, 0, 0), backward=True)
         yield from attention_variants(1, 131072, (16, 0, 0), backward=False)
         yield from attention_variants(1, 131072, (64, 0, 0), backward=False)
 
 
-def compile_share(share: str) -> None:
+def compile_share(group: str, share: str) -> None:
     index, shares = (int(part) for part in share.split("/"))
-    for number, (_, run) in enumerate(all_variants(small=True)):
+    for number, (_, run) in enumerate(all_variants(group, small=True)):
         if number % shares == index:
             attempt(run)
     torch.cuda.synchronize()
@@ -131,21 +153,18 @@ def attempt(run: Callable[[], object]) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("group", choices=("scan", "attention", "decode"))
     parser.add_argument("--compile", metavar="I/N", help="only compile this share of the variants")
     arguments = parser.parse_args()
     if arguments.compile:
-        compile_share(arguments.compile)
+        compile_share(arguments.group, arguments.compile)
         return
     ceilings = measure_ceilings()
     print(f"copy {ceilings.bytes_per_s / 1e12:.2f} TB/s, bf16 product {ceilings.flop_per_s / 1e12:.0f} TFLOP/s")
     began = time.time()
-    for name, run in all_variants(small=False):
-        if arguments.only in name:
-            failure = attempt(run)
-            print(
-                f"{time.time() - began:6.1f} {name}: {failure or f'{time_cuda(run, budget_ms=30.0).median:.3f} ms'}", flush=True
-            )
+    for name, run in all_variants(arguments.group, small=False):
+        failure = attempt(run)
+        print(f"{time.time() - began:6.1f} {name}: {failure or f'{time_cuda(run, budget_ms=30.0).median:.3f} ms'}", flush=True)
 
 
 if __name__ == "__main__":

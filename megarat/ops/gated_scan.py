@@ -260,8 +260,9 @@ def gated_scan(
     from megarat.ops.kernels.gated_scan import GatedScan
 
     start_k, start_v = initial_state or (None, None)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (k_BTHK, v_BTHK, g_BTHK, start_k, start_v))
     k_out, v_out, last_k, last_v = GatedScan.apply(
-        k_BTHK, v_BTHK, g_BTHK, cos_TR, sin_TR, start_k, start_v, document_starts_BT, out_dtype
+        k_BTHK, v_BTHK, g_BTHK, cos_TR, sin_TR, start_k, start_v, document_starts_BT, out_dtype, save
     )
     return k_out, v_out, ScanState(last_k, last_v)
 

@@ -13,8 +13,8 @@ once however few columns there are, and everything folds in one fixed order: res
 its own flag: entries start as a NaN pattern no arithmetic produces. Programs are numbered with time slowest, so a program only waits
 for lower-numbered ones, which the hardware starts first.
 
-The chain, fp32 states behind every block (8 bytes per S * L elements), is all the backward needs besides the inputs. It is the same
-machine with time reversed, and recomputes the averages of a block on the way.
+The backward is the same machine with time reversed. Besides the inputs it needs the fp32 states in front of its blocks (`saved`, 8 bytes
+per S * L elements), from which it recomputes the averages of a block on the way.
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment"
@@ -32,10 +32,11 @@ from torch.autograd.function import once_differentiable
 EMPTY = tl.constexpr(-1)  # int32 bits of a chain entry nobody has written: a NaN that no arithmetic instruction returns
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# (pairs BH, segments S, steps L, warps, registers a thread) forward and backward, by regime; S L must agree. Chosen by timing on an H200.
+# (pairs BH, segments S, steps L, warps, registers a thread) forward and backward, by regime; a backward block must be a whole number of
+# forward segments. Chosen by timing on an H200.
 Tile = tuple[int, int, int, int, int]
-MANY_COLUMNS: tuple[Tile, Tile] = ((64, 4, 8, 2, 255), (64, 4, 8, 4, 255))
-FEW_COLUMNS: tuple[Tile, Tile] = ((32, 16, 8, 8, 255), (32, 16, 8, 8, 255))
+MANY_COLUMNS: tuple[Tile, Tile] = ((64, 8, 8, 8, 128), (64, 4, 8, 4, 255))
+FEW_COLUMNS: tuple[Tile, Tile] = ((32, 16, 8, 8, 128), (32, 16, 8, 8, 255))
 MANY_CHANNELS = 8192  # of all rows: from so many on, short blocks give enough programs and long ones only lengthen the chain
 
 
@@ -60,19 +61,34 @@ def _in_front(decay_SC, k_SC, v_SC, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _await(k1_ptr, k2_ptr, v1_ptr, v2_ptr):
-    """Polls four (C,) vectors of int32 bits until no entry is EMPTY; volatile loads read the L2, never a stale L1 line."""
-    k1, k2 = tl.load(k1_ptr, volatile=True), tl.load(k2_ptr, volatile=True)
-    v1, v2 = tl.load(v1_ptr, volatile=True), tl.load(v2_ptr, volatile=True)
+def _await(link_C, R, stream):
+    """The four (C,) vectors of a link, polled until no entry is EMPTY; volatile loads read the L2, never a stale L1 line."""
+    k_ptr, v_ptr = link_C.to(tl.pointer_type(tl.int32)), (link_C + stream).to(tl.pointer_type(tl.int32))
+    k1, k2, v1, v2 = _peek(k_ptr, v_ptr, R)
     while tl.max(((k1 == EMPTY) | (k2 == EMPTY) | (v1 == EMPTY) | (v2 == EMPTY)).to(tl.int32), axis=0) > 0:
-        k1, k2 = tl.load(k1_ptr, volatile=True), tl.load(k2_ptr, volatile=True)
-        v1, v2 = tl.load(v1_ptr, volatile=True), tl.load(v2_ptr, volatile=True)
+        k1, k2, v1, v2 = _peek(k_ptr, v_ptr, R)
     return (
-        k1.to(tl.float32, bitcast=True),
-        k2.to(tl.float32, bitcast=True),
-        v1.to(tl.float32, bitcast=True),
-        v2.to(tl.float32, bitcast=True),
-    )
+        k1.to(tl.float32, bitcast=True), k2.to(tl.float32, bitcast=True),
+        v1.to(tl.float32, bitcast=True), v2.to(tl.float32, bitcast=True),
+    )  # fmt: skip
+
+
+@triton.jit
+def _peek(k_ptr, v_ptr, R):
+    k1, k2 = tl.load(k_ptr, volatile=True), tl.load(k_ptr + R, volatile=True)
+    v1, v2 = tl.load(v_ptr, volatile=True), tl.load(v_ptr + R, volatile=True)
+    return k1, k2, v1, v2
+
+
+@triton.jit
+def _first_link(k_ptr, v_ptr, R, GIVEN: tl.constexpr, BH: tl.constexpr):
+    """What the chain begins with: the caller's (B, H, K) tensors, or zeros."""
+    if GIVEN:
+        k1, k2, v1, v2 = tl.load(k_ptr), tl.load(k_ptr + R), tl.load(v_ptr), tl.load(v_ptr + R)
+    else:
+        zero_C = tl.zeros([BH], tl.float32)
+        k1, k2, v1, v2 = zero_C, zero_C, zero_C, zero_C
+    return k1, k2, v1, v2
 
 
 @triton.jit
@@ -153,10 +169,10 @@ def _load_tables(cos_ptr, sin_ptr, offs_SC, t_S, T, R, L: tl.constexpr, ROTATE: 
 
 @triton.jit
 def _forward_kernel(
-    k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, k_out_ptr, v_out_ptr, chain_ptr,
+    k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, start_k_ptr, start_v_ptr, k_out_ptr, v_out_ptr, chain_ptr, saved_ptr,
     B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, table_b,
     R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
-    ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
+    SAVE_STEPS: tl.constexpr, HAS_START: tl.constexpr, ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     columns = R // BH
     block = tl.program_id(0) // (B * H * columns)
@@ -175,8 +191,8 @@ def _forward_kernel(
     inf: tl.constexpr = float("inf")
 
     stream = B * H * (2 * R)
-    link = chain_ptr + block.to(tl.int64) * 2 * stream + (group // columns) * (2 * R) + first + c_C
-    link_bits = link.to(tl.pointer_type(tl.int32))
+    column = (group // columns) * (2 * R) + first
+    link = chain_ptr + block.to(tl.int64) * 2 * stream + column + c_C  # behind this block
     t0 = block * (S * L)
     t_S, start = t0 + rows_S * L, t0.to(tl.int64)
     g1 = _load_steps(g_ptr + start * g_t, g_offs, g_t, t_S, T, inf, L, MASKED)
@@ -196,12 +212,22 @@ def _forward_kernel(
     front1, s_k1, s_v1 = _in_front(decay1, end_k1, end_v1, False)
     front2, s_k2, s_v2 = _in_front(decay2, end_k2, end_v2, False)
 
-    in_k1, in_k2, in_v1, in_v2 = _await(link_bits, link_bits + R, link_bits + stream, link_bits + stream + R)
+    if block > 0:
+        in_k1, in_k2, in_v1, in_v2 = _await(link - 2 * stream, R, stream)
+    else:
+        in_k1, in_k2, in_v1, in_v2 = _first_link(start_k_ptr + column + c_C, start_v_ptr + column + c_C, R, HAS_START, BH)
     s_k1, s_k2 = front1 * in_k1[None, :] + s_k1, front2 * in_k2[None, :] + s_k2
     s_v1, s_v2 = front1 * in_v1[None, :] + s_v1, front2 * in_v2[None, :] + s_v2
     end_k1, end_k2 = decay1 * s_k1 + end_k1, decay2 * s_k2 + end_k2
     end_v1, end_v2 = decay1 * s_v1 + end_v1, decay2 * s_v2 + end_v2
-    _publish(link + 2 * stream, R, stream, end_k1, end_k2, end_v1, end_v2, is_last_S1)
+    _publish(link, R, stream, end_k1, end_k2, end_v1, end_v2, is_last_S1)
+    if SAVE_STEPS > 0:
+        at_SC = (t_S // SAVE_STEPS).to(tl.int64)[:, None] * 2 * stream + column + c_C[None, :]
+        begins_S1 = ((t_S % SAVE_STEPS == 0) & (t_S < T))[:, None]
+        tl.store(saved_ptr + at_SC, s_k1, mask=begins_S1)
+        tl.store(saved_ptr + at_SC + R, s_k2, mask=begins_S1)
+        tl.store(saved_ptr + at_SC + stream, s_v1, mask=begins_S1)
+        tl.store(saved_ptr + at_SC + stream + R, s_v2, mask=begins_S1)
     cos, sin = _load_tables(cos_ptr + table_0, sin_ptr + table_0, table_offs, t_S, T, R, L, ROTATE, MASKED)
 
     k_to, v_to = k_out_ptr + out_0 + start * out_t, v_out_ptr + out_0 + start * out_t
@@ -265,10 +291,10 @@ def _store_gradients(
 
 @triton.jit
 def _backward_kernel(
-    k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, dk_out_ptr, dv_out_ptr, states_ptr, chain_ptr, dk_ptr, dv_ptr, dg_ptr,
+    k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, dk_out_ptr, dv_out_ptr, saved_ptr, dlast_k_ptr, dlast_v_ptr, chain_ptr, dk_ptr, dv_ptr, dg_ptr,
     B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, table_b, blocks,
     R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
-    ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
+    HAS_LAST: tl.constexpr, ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     columns = R // BH
     block = blocks - 1 - tl.program_id(0) // (B * H * columns)
@@ -291,8 +317,7 @@ def _backward_kernel(
 
     stream = B * H * (2 * R)
     column = (group // columns) * (2 * R) + first + c_C
-    link = chain_ptr + (block + 1).to(tl.int64) * 2 * stream + column
-    link_bits = link.to(tl.pointer_type(tl.int32))
+    link = chain_ptr + block.to(tl.int64) * 2 * stream + column  # in front of this block
     t0 = block * (S * L)
     t_S, start = t0 + rows_S * L, t0.to(tl.int64)
     g1 = _load_steps(g_ptr + start * g_t, g_offs, g_t, t_S, T, inf, L, MASKED)
@@ -308,7 +333,7 @@ def _backward_kernel(
     table_0 = b * table_b + start * R + first
     cos, sin = _load_tables(cos_ptr + table_0, sin_ptr + table_0, table_offs, t_S, T, R, L, ROTATE, MASKED)
     keep = _load_keeps(starts_ptr + b * T, t_S, T, L, HAS_STARTS)
-    state = states_ptr + block.to(tl.int64) * 2 * stream + column
+    state = saved_ptr + block.to(tl.int64) * 2 * stream + column
     in_k1, in_k2 = tl.load(state), tl.load(state + R)
     in_v1, in_v2 = tl.load(state + stream), tl.load(state + stream + R)
     u1, u2, e_k1, e_k2 = (), (), (), ()
@@ -323,12 +348,15 @@ def _backward_kernel(
     decay2, end_k2, end_v2 = _reverse_local_pass(e_k2, e_v2, u2, keep, L)
     behind1, p_k1, p_v1 = _in_front(decay1, end_k1, end_v1, True)
     behind2, p_k2, p_v2 = _in_front(decay2, end_k2, end_v2, True)
-    from_k1, from_k2, from_v1, from_v2 = _await(link_bits, link_bits + R, link_bits + stream, link_bits + stream + R)
+    if block < blocks - 1:
+        from_k1, from_k2, from_v1, from_v2 = _await(link + 2 * stream, R, stream)
+    else:
+        from_k1, from_k2, from_v1, from_v2 = _first_link(dlast_k_ptr + column, dlast_v_ptr + column, R, HAS_LAST, BH)
     p_k1, p_k2 = behind1 * from_k1[None, :] + p_k1, behind2 * from_k2[None, :] + p_k2
     p_v1, p_v2 = behind1 * from_v1[None, :] + p_v1, behind2 * from_v2[None, :] + p_v2
     end_k1, end_k2 = decay1 * p_k1 + end_k1, decay2 * p_k2 + end_k2
     end_v1, end_v2 = decay1 * p_v1 + end_v1, decay2 * p_v2 + end_v2
-    _publish(link - 2 * stream, R, stream, end_k1, end_k2, end_v1, end_v2, is_first_S1)
+    _publish(link, R, stream, end_k1, end_k2, end_v1, end_v2, is_first_S1)
 
     # the averages of the block once more, for the gates' gradient
     decay1, s_k1, s_v1 = _local_pass(k1, v1, u1, keep, L)
@@ -351,11 +379,10 @@ def _strides(*tensors_BTHK: Tensor) -> list[int]:
 
 
 def _new_chain(blocks: int, like_BTHK: Tensor) -> Tensor:
-    """(blocks + 1, 2, B, H, K) fp32, all entries EMPTY."""
+    """(blocks, 2, B, H, K) fp32, all entries EMPTY."""
     batch, _, heads, channels = like_BTHK.shape
-    chain = torch.empty(blocks + 1, 2, batch, heads, channels, dtype=torch.float32, device=like_BTHK.device)
-    chain.view(torch.int32).fill_(-1)
-    return chain
+    bits = torch.full((blocks, 2, batch, heads, channels), -1, dtype=torch.int32, device=like_BTHK.device)
+    return bits.view(torch.float32)
 
 
 def _table_arguments(cos: Tensor | None, sin: Tensor | None, filler: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -391,24 +418,24 @@ def scan_forward(
     start: tuple[Tensor, Tensor] | None,
     starts_BT: Tensor | None,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the forward: (k_out, v_out, states (blocks + 1, 2, B, H, K) fp32 in front of every block and behind the last)."""
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Launches the forward: (k_out, v_out, last states (2, B, H, K) fp32, states in front of every backward block or None)."""
     batch, length, heads, _ = k_BTHK.shape
-    grid, blocks, options = _launch_shape(_tiles(k_BTHK)[0], k_BTHK)
+    forward_tile, (_, segments, steps, _, _) = _tiles(k_BTHK)
+    grid, blocks, options = _launch_shape(forward_tile, k_BTHK)
     k_out, v_out = (torch.empty(k_BTHK.shape, dtype=out_dtype, device=k_BTHK.device) for _ in range(2))
     chain = _new_chain(blocks, k_BTHK)
-    if start is None:
-        chain[0].zero_()
-    else:
-        chain[0, 0].copy_(start[0])
-        chain[0, 1].copy_(start[1])
+    save_steps = segments * steps if save else 0
+    saved = chain.new_empty(triton.cdiv(length, save_steps), *chain.shape[1:]) if save else None
+    start_k, start_v = (chain, chain) if start is None else (x.contiguous() for x in start)
     cos, sin, table_b = _table_arguments(cos, sin, k_BTHK)
     _forward_kernel[grid](
-        k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, k_out, v_out, chain,
-        batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK), table_b,
-        ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **options,
+        k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, start_k, start_v, k_out, v_out, chain,
+        chain if saved is None else saved, batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK), table_b,
+        SAVE_STEPS=save_steps, HAS_START=start is not None, ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **options,
     )  # fmt: skip
-    return k_out, v_out, chain
+    return k_out, v_out, chain[-1], saved
 
 
 def scan_backward(
@@ -418,29 +445,29 @@ def scan_backward(
     cos: Tensor | None,
     sin: Tensor | None,
     starts_BT: Tensor | None,
-    states: Tensor,
+    saved: Tensor,
     dk_out_BTHK: Tensor,
     dv_out_BTHK: Tensor,
-    dlast: tuple[Tensor, Tensor],
+    dlast: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches the backward, `states` from the forward: (dk, dv, dg, gradient of the initial states (2, B, H, K) fp32)."""
+    """Launches the backward, `saved` from the forward: (dk, dv, dg, gradient of the initial states (2, B, H, K) fp32)."""
     batch, length, heads, _ = k_BTHK.shape
     grid, blocks, options = _launch_shape(_tiles(k_BTHK)[1], k_BTHK)
-    dk, dv, dg = (torch.empty(k_BTHK.shape, dtype=x.dtype, device=x.device) for x in (k_BTHK, v_BTHK, g_BTHK))
+    dk, dv, dg = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k_BTHK, v_BTHK, g_BTHK))
     chain = _new_chain(blocks, k_BTHK)
-    chain[-1, 0].copy_(dlast[0])
-    chain[-1, 1].copy_(dlast[1])
+    dlast_k, dlast_v = (chain, chain) if dlast is None else (x.contiguous() for x in dlast)
     cos, sin, table_b = _table_arguments(cos, sin, k_BTHK)
     _backward_kernel[grid](
-        k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, dk_out_BTHK, dv_out_BTHK, states, chain,
-        dk, dv, dg, batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK, dk_out_BTHK, dv_out_BTHK), table_b, blocks,
-        ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **options,
+        k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, dk_out_BTHK, dv_out_BTHK, saved,
+        dlast_k, dlast_v, chain, dk, dv, dg,
+        batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK, dk_out_BTHK, dv_out_BTHK), table_b, blocks,
+        HAS_LAST=dlast is not None, ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **options,
     )  # fmt: skip
     return dk, dv, dg, chain[0]
 
 
 class GatedScan(torch.autograd.Function):
-    """Autograd around the two launches; outputs (k_out, v_out, final k state, final v state)."""
+    """Autograd around the two launches; outputs (k_out, v_out, last k state, last v state)."""
 
     @staticmethod
     def forward(
@@ -454,24 +481,33 @@ class GatedScan(torch.autograd.Function):
         start_v_BHK: Tensor | None,
         starts_BT: Tensor | None,
         out_dtype: torch.dtype,
+        save: bool,
     ) -> tuple[Tensor, ...]:
-        """Launches the forward and keeps its inputs and per-row results."""
+        """Launches the forward and keeps the inputs, and the states that a backward starts its blocks from."""
         start = None if start_k_BHK is None or start_v_BHK is None else (start_k_BHK, start_v_BHK)
-        k_out, v_out, states = scan_forward(k_BTHK, v_BTHK, g_BTHK, cos, sin, start, starts_BT, out_dtype)
-        ctx.save_for_backward(k_BTHK, v_BTHK, g_BTHK, cos, sin, starts_BT, states)
+        k_out, v_out, last, saved = scan_forward(k_BTHK, v_BTHK, g_BTHK, cos, sin, start, starts_BT, out_dtype, save)
+        ctx.save_for_backward(k_BTHK, v_BTHK, g_BTHK, cos, sin, starts_BT, saved)
         ctx.has_start = start is not None
-        return k_out, v_out, states[-1, 0].clone(), states[-1, 1].clone()
+        ctx.set_materialize_grads(False)
+        return k_out, v_out, last[0].clone(), last[1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, dk_out_BTHK: Tensor, dv_out_BTHK: Tensor, dlast_k_BHK: Tensor, dlast_v_BHK: Tensor
+        ctx: Any,
+        dk_out_BTHK: Tensor | None,
+        dv_out_BTHK: Tensor | None,
+        dlast_k_BHK: Tensor | None,
+        dlast_v_BHK: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        """Launches the backward."""
-        k_BTHK, v_BTHK, g_BTHK, cos, sin, starts_BT, states = ctx.saved_tensors
+        """Launches the backward; outputs that nothing used have no gradient and count as zeros."""
+        k_BTHK, v_BTHK, g_BTHK, cos, sin, starts_BT, saved = ctx.saved_tensors
+        dk_out_BTHK, dv_out_BTHK = (torch.zeros_like(k_BTHK) if d is None else d for d in (dk_out_BTHK, dv_out_BTHK))
         dk_out_BTHK, dv_out_BTHK = (d if d.stride(-1) == 1 else d.contiguous() for d in (dk_out_BTHK, dv_out_BTHK))
-        dk, dv, dg, dstart = scan_backward(
-            k_BTHK, v_BTHK, g_BTHK, cos, sin, starts_BT, states, dk_out_BTHK, dv_out_BTHK, (dlast_k_BHK, dlast_v_BHK)
-        )
+        dlast = None
+        if dlast_k_BHK is not None or dlast_v_BHK is not None:
+            dlast_k, dlast_v = (torch.zeros_like(saved[0, 0]) if d is None else d for d in (dlast_k_BHK, dlast_v_BHK))
+            dlast = dlast_k, dlast_v
+        dk, dv, dg, dstart = scan_backward(k_BTHK, v_BTHK, g_BTHK, cos, sin, starts_BT, saved, dk_out_BTHK, dv_out_BTHK, dlast)
         dstart_k, dstart_v = dstart if ctx.has_start else (None, None)
-        return dk, dv, dg, None, None, dstart_k, dstart_v, None, None
+        return dk, dv, dg, None, None, dstart_k, dstart_v, None, None, None
