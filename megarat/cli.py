@@ -50,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(verbs)
     _add_generate(verbs)
     _add_checkpoint(verbs)
+    _add_plan(verbs)
+    _add_status(verbs)
     _add_doctor(verbs)
     _add_demo(verbs)
     return parser
@@ -143,6 +145,27 @@ def _add_checkpoint(verbs: Any) -> None:
     imported.add_argument("out", metavar="OUT", help="checkpoint folder to write")
     imported.add_argument("--tokenizer", help="tokenizer file or folder to store with it")
     imported.set_defaults(run=_checkpoint_import)
+
+
+def _add_plan(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "plan", help="memory, speed, pipeline bubble, days and checkpoint size of a run before it is queued"
+    )
+    _add_config(parser)
+    parser.add_argument("--gpus", type=_positive, required=True, help="ranks, one a GPU")
+    parser.add_argument("--gpu", default="H200", help="H200, H100, A100, or cpu (default: H200)")
+    parser.add_argument("--tokens", type=float, help="length of the training, such as 100e9 (default: what the config trains)")
+    parser.add_argument(
+        "--measured", metavar="RUN", help="a run on one such GPU, whose efficiency is taken instead of an estimate"
+    )
+    parser.add_argument("--json", action="store_true", help="print numbers for programs")
+    parser.set_defaults(run=_plan)
+
+
+def _add_status(verbs: Any) -> None:
+    parser = verbs.add_parser("status", help="where runs stand: jobs, pair, loss, speed, time left, restarts, checkpoint, health")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.set_defaults(run=_status)
 
 
 def _add_doctor(verbs: Any) -> None:
@@ -240,6 +263,24 @@ def _checkpoint_import(arguments: argparse.Namespace) -> None:
     from megarat.checkpoint.convert import import_upstream
 
     print(import_upstream(arguments.source, arguments.out, arguments.tokenizer))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    import json
+
+    from megarat import config, plan
+
+    planned = plan.make_plan(
+        config.load(arguments.config, arguments.overrides), arguments.gpus, arguments.gpu, arguments.measured
+    )
+    print(json.dumps(plan.as_json(planned)) if arguments.json else plan.report(planned, arguments.tokens))
+    plan.refuse_if_too_large(planned)
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from megarat.status import report
+
+    print(report(arguments.runs))
 
 
 def _doctor(_: argparse.Namespace) -> None:

@@ -10,11 +10,13 @@ Shapes: L layers, C width, T sequence length, V vocabulary, H heads, n visible k
 from __future__ import annotations
 
 from functools import lru_cache
-
-import torch
+from typing import TYPE_CHECKING
 
 from megarat.config import Config, ModelConfig
 from megarat.model.pattern import Pattern, Patterns
+
+if TYPE_CHECKING:
+    import torch
 
 # Dense bf16 matrix rate, FLOP/s, from the vendors' data sheets (SXM parts); keyed by a part of the device name.
 _PEAK_FLOPS = {"H200": 989.4e12, "H100": 989.4e12, "GH200": 989.4e12, "A100": 312e12, "B200": 2250e12}
@@ -65,6 +67,8 @@ def pair_flops_per_token(config: Config) -> float:
 
 def peak_flops(device: torch.device | str) -> float | None:
     """Dense bf16 peak of this device in FLOP/s, or None when it is not in the table (CPUs never are)."""
+    import torch  # planning a run needs the arithmetic above without it
+
     if torch.device(device).type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,0 +1,360 @@
+"""``megarat plan``: what a run will need, before it is queued: memory by part, time, pipeline bubble, checkpoints, better meshes.
+
+Everything is arithmetic on the config; nothing is started. Bytes of a parameter and of an activation are counted from what the model and
+DeepSpeed's optimizers keep (below); one run was measured against them: 1.5B parameters, one H200, bf16, ZeRO 1, 2 x 4096 tokens, 54 GB.
+Speed is the counted arithmetic (``megarat.model.flops``) at an efficiency: an estimate, or that of a run on the same kind of GPU
+(``--measured RUN``). Communication is not hidden behind arithmetic: that is how DeepSpeed's bf16 optimizer works.
+
+Letters: P parameters, L layers, C width, N tokens of a micro-batch on one rank, V vocabulary; p, d, c, t ranks along pipeline, data,
+context and tensor. GB is 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megarat import mesh
+from megarat.config import Config, ModelConfig
+from megarat.errors import UserError
+from megarat.log import METRICS
+from megarat.mesh import Shape
+from megarat.model.flops import pair_flops_per_token, parameter_count
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU. Rates are the vendors': dense bf16 FLOP/s; bytes/s of one GPU in one direction over NVLink and over the network."""
+
+    memory: float  # bytes a process can have; the driver keeps some
+    flops: float
+    nvlink: float = 450e9
+    network: float = 50e9  # one 400 Gbit/s adapter a GPU
+    per_node: int = 8
+
+
+GPUS = {
+    "H200": Gpu(memory=139e9, flops=989.4e12),
+    "H100": Gpu(memory=79e9, flops=989.4e12),
+    "A100": Gpu(memory=79e9, flops=312e12, nvlink=300e9, network=25e9),
+}
+CPU = "cpu"
+
+EFFICIENCY = 0.45  # of the peak, for one GPU alone: an estimate; the published code reaches 0.42 on an H200
+_LINK_EFFICIENCY = 0.8  # of a link's rate that collectives of large tensors get
+_BUCKET = 500_000_000  # elements that ZeRO 2 and 3 reduce or gather at a time, as in ``megarat.engine``
+_LOGITS_BYTES = 768 << 20  # a chunk of logits, as in ``megarat.ops.cross_entropy``
+_DISK = 2e9  # bytes/s into a shared file system, all ranks together
+
+# Bytes that one token keeps for the backward in one layer, in units of C, in bf16. Not split by tensor parallelism: both inputs of the
+# norms (residual, fp32: 8) and their outputs (4). Split: o q k v g (10), rotated q (2), recurred k and v (4), attention's output, the
+# sigmoid of its gate and their product (6), FFN before and after GELU (4 x ffn_multiple).
+_WHOLE, _SPLIT_MIXER = 12, 22
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest GPU, by part."""
+
+    weights: float
+    masters: float
+    moments: float
+    gradients: float
+    activations: float
+    logits: float
+    workspace: float
+
+    @property
+    def total(self) -> float:
+        """The peak."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One config on one number of GPUs."""
+
+    config: Config
+    shape: Shape
+    gpu: Gpu | None  # None: CPUs, of which neither memory nor speed is predicted
+    memory: Memory
+    efficiency: float
+    efficiency_source: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is below what the GPU has."""
+        return self.gpu is None or self.memory.total <= self.gpu.memory
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches that each data rank accumulates in one update."""
+        return self.config.train.global_batch // (self.config.train.micro_batch * self.shape.data)
+
+    @property
+    def bubble(self) -> float:
+        """Share of an update that a pipeline's stages wait: (p - 1) / (m + p - 1)."""
+        return (self.shape.pipeline - 1) / (self.micro_batches + self.shape.pipeline - 1)
+
+    @property
+    def tokens_per_pair(self) -> int:
+        """Data tokens of a global batch."""
+        return self.config.train.global_batch * self.config.data.sequence_length
+
+    def compute_seconds(self, gpu: Gpu) -> float:
+        """Arithmetic of a pair, the bubble included."""
+        rate = self.shape.size * gpu.flops * self.efficiency
+        return self.tokens_per_pair * pair_flops_per_token(self.config) / rate / (1 - self.bubble)
+
+    def communication_seconds(self, gpu: Gpu) -> dict[str, float]:
+        """Seconds of a pair on the links, by what travels."""
+        return communication_seconds(self.config, self.shape, gpu)
+
+    def pair_seconds(self, gpu: Gpu) -> float:
+        """A pair: both updates."""
+        return self.compute_seconds(gpu) + sum(self.communication_seconds(gpu).values())
+
+    def tokens_per_second(self, gpu: Gpu) -> float:
+        """Data tokens of all GPUs together."""
+        return self.tokens_per_pair / self.pair_seconds(gpu)
+
+
+def make_plan(config: Config, gpus: int, gpu: str = "H200", measured: str | Path | None = None) -> Plan:
+    """Plan ``config`` on ``gpus`` GPUs of the named kind (or "cpu"). Raises ``UserError`` when the mesh is not legal on so many."""
+    if gpu != CPU and gpu not in GPUS:
+        raise UserError(f"--gpu {gpu}: known are {', '.join(GPUS)} and {CPU}")
+    shape = mesh.check(config, gpus)
+    efficiency, source = (EFFICIENCY, "estimate") if measured is None else (measured_mfu(Path(measured)), f"measured: {measured}")
+    return Plan(config, shape, GPUS.get(gpu), memory(config, shape), efficiency, source)
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------------------
+
+
+def memory(config: Config, shape: Shape) -> Memory:
+    """Memory of the first pipeline stage, which holds the embedding and the most micro-batches in flight."""
+    parameters = stage_parameters(config.model, shape)
+    data = shape.data * shape.context  # ranks over which ZeRO splits its state
+    zero, wide = config.parallel.zero, config.train.precision == "fp32"
+    width = 4 if wide else 2
+    low_gradients = 0 if wide else 2  # ZeRO 1 in bf16 keeps the model's own gradients beside those it accumulates in fp32
+    gradients = {1: low_gradients + 4, 2: 4 / data, 3: 4 / data}[zero] * parameters
+    buckets = 0 if zero == 1 else min(parameters, _BUCKET) * width * 2
+    return Memory(
+        weights=width * parameters / (data if zero == 3 else 1),
+        masters=0 if wide and zero == 1 and data == 1 else 4 * parameters / data,
+        moments=8 * parameters / data,
+        gradients=gradients,
+        activations=activation_bytes(config, shape),
+        logits=loss_bytes(config, shape),
+        workspace=buckets + _layer_workspace(config, shape),
+    )
+
+
+def stage_parameters(model: ModelConfig, shape: Shape) -> float:
+    """Parameters of the first stage's rank: its layers, the embedding (the last stage, with head and norm, is as large)."""
+    embedding = model.vocab * model.hidden
+    layers = -(-model.layers // shape.pipeline)
+    in_layers = (parameter_count(model) - embedding - model.hidden) * layers / model.layers
+    return (in_layers + embedding + model.hidden) / shape.tensor
+
+
+def activation_bytes(config: Config, shape: Shape) -> float:
+    """What the forward keeps for the backward: all layers of the stage, for each micro-batch in flight."""
+    model = config.model
+    layers = -(-model.layers // shape.pipeline)
+    in_flight = min(shape.pipeline, max(1, config.train.global_batch // (config.train.micro_batch * shape.data)))
+    split = _SPLIT_MIXER + 4 * model.ffn_multiple
+    whole = _WHOLE / (shape.tensor if config.parallel.sequence else 1)
+    scale = 2.0 if config.train.precision == "fp32" else 1.0
+    return scale * (whole + split / shape.tensor) * model.hidden * _tokens(config, shape) * layers * in_flight
+
+
+def loss_bytes(config: Config, shape: Shape) -> float:
+    """A chunk of logits, the gradient of the hidden states, and that of the head in fp32 with its bf16 copy."""
+    model = config.model
+    vocab = model.vocab / shape.tensor
+    chunk = min(_LOGITS_BYTES, 2.0 * _tokens(config, shape) * vocab)
+    return 2 * chunk + 2.0 * _tokens(config, shape) * model.hidden + 6.0 * vocab * model.hidden
+
+
+def _layer_workspace(config: Config, shape: Shape) -> float:
+    """Gradients alive inside one layer's backward: those of its widest tensors, in and out, and of the residual."""
+    model = config.model
+    widest = max(5, model.ffn_multiple) / shape.tensor
+    return (2 * 2 * widest + 8) * model.hidden * _tokens(config, shape)
+
+
+def _tokens(config: Config, shape: Shape) -> float:
+    return config.train.micro_batch * config.data.sequence_length / shape.context
+
+
+def checkpoint_bytes(config: Config) -> float:
+    """Weights, masters and moments of one checkpoint: 14 bytes a parameter in bf16, 12 in fp32."""
+    return parameter_count(config.model) * (12 if config.train.precision == "fp32" else 14)
+
+
+# ---- time --------------------------------------------------------------------------------------------------------------------------
+
+
+def communication_seconds(config: Config, shape: Shape, gpu: Gpu) -> dict[str, float]:
+    """Seconds of a pair by axis, each over the slowest link that its ranks span (tensor ranks are neighbours, then context, then data)."""
+    passes = 1 if config.sparse_patterns is None else 2
+    micro_batches = config.train.global_batch // (config.train.micro_batch * shape.data)
+    hidden = 2.0 * config.model.hidden * _tokens(config, shape)  # bytes of one (N, C) in bf16
+    layers = -(-config.model.layers // shape.pipeline)
+    data = shape.data * shape.context
+    shared = stage_parameters(config.model, shape) * (data - 1) / data
+    gathers = {1: 1, 2: 1, 3: 3}[
+        config.parallel.zero
+    ]  # of bf16 weights; ZeRO 3 gathers for the forward, the backward and the update
+    reduce = (
+        8.0 if config.parallel.zero == 1 else 2.0 * micro_batches
+    )  # fp32 all-reduce once, or bf16 reduce-scatter a micro-batch
+    volumes = {
+        "tensor": (4 * layers * micro_batches * hidden * 2 * (shape.tensor - 1) / shape.tensor, shape.tensor),
+        "context": (6 * layers * micro_batches * hidden * (shape.context - 1) / shape.tensor, shape.tensor * shape.context),
+        "gradients and weights": ((reduce + 2 * gathers) * shared, shape.size // shape.pipeline),
+        "pipeline": (2.0 * micro_batches * hidden * (shape.pipeline > 1), shape.size),
+    }
+    return {
+        name: passes * volume / (_LINK_EFFICIENCY * (gpu.nvlink if span <= gpu.per_node else gpu.network))
+        for name, (volume, span) in volumes.items()
+        if volume
+    }
+
+
+def measured_mfu(run_dir: Path) -> float:
+    """The median model FLOPs utilisation of a run. Raises ``UserError`` when the run recorded none."""
+    path = run_dir / METRICS
+    try:
+        values = [json.loads(line)["mfu"] for line in path.read_text(encoding="utf-8").splitlines()[3:]]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--measured {run_dir}: cannot read {path}: {error}") from None
+    known = [value for value in values if value]
+    if not known:
+        raise UserError(
+            f"--measured {run_dir}: {path} has no mfu beyond its first three pairs; name a run of several pairs on a GPU"
+        )
+    return statistics.median(known)
+
+
+# ---- alternatives ------------------------------------------------------------------------------------------------------------------
+
+
+def alternatives(plan: Plan, gpu: Gpu, count: int = 5) -> list[Plan]:
+    """The fastest legal ways to run the same training on as many GPUs that fit into their memory, the best first."""
+    found = [
+        dataclasses.replace(plan, config=config, shape=shape, memory=memory(config, shape))
+        for config in _variants(plan.config)
+        if (shape := _legal_shape(config, plan.shape.size)) is not None
+    ]
+    fitting = [other for other in found if other.fits]
+    return sorted(fitting, key=lambda other: (-round(other.tokens_per_second(gpu)), other.memory.total))[:count]
+
+
+def _variants(config: Config) -> Iterator[Config]:
+    degrees = (1, 2, 4, 8)
+    for tensor, pipeline, context, zero, micro in itertools.product(degrees, degrees, degrees, (1, 2, 3), (1, 2, 4, 8, 16)):
+        parallel = dataclasses.replace(config.parallel, tensor=tensor, pipeline=pipeline, context=context, zero=zero)
+        yield dataclasses.replace(config, parallel=parallel, train=dataclasses.replace(config.train, micro_batch=micro))
+
+
+def _legal_shape(config: Config, gpus: int) -> Shape | None:
+    try:
+        return mesh.check(config, gpus)
+    except UserError:
+        return None
+
+
+# ---- report ------------------------------------------------------------------------------------------------------------------------
+
+
+def report(plan: Plan, tokens: float | None = None) -> str:
+    """The plan as text; ``tokens`` is the length of the training, by default what the config trains."""
+    lines = [_headline(plan), "", *_memory_lines(plan)]
+    if plan.gpu is not None:
+        lines += ["", *_time_lines(plan, plan.gpu, tokens)]
+    size = checkpoint_bytes(plan.config)
+    lines += ["", f"checkpoint: {size / GB:.3g} GB, {size / _DISK:.0f} s at {_DISK / GB:g} GB/s (assumed)"]
+    if plan.gpu is not None:
+        lines += ["", *_alternative_lines(plan, plan.gpu)]
+    return "\n".join(lines)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """What programs read: ``slurm/submit.py`` does."""
+    values: dict[str, Any] = {
+        "gpus": plan.shape.size,
+        "mesh": plan.shape._asdict(),
+        "fits": plan.fits,
+        "memory_bytes": {**dataclasses.asdict(plan.memory), "total": plan.memory.total},
+        "bubble": plan.bubble,
+        "checkpoint_bytes": checkpoint_bytes(plan.config),
+        "config": plan.config.to_dict(),
+        "config_yaml": plan.config.to_yaml(),
+    }
+    if plan.gpu is not None:
+        values |= {"pair_seconds": plan.pair_seconds(plan.gpu), "tokens_per_s": plan.tokens_per_second(plan.gpu)}
+        values["efficiency"] = {"mfu": plan.efficiency, "source": plan.efficiency_source}
+    return values
+
+
+def refuse_if_too_large(plan: Plan) -> None:
+    """Raises ``UserError`` with the best mesh that fits, when this one does not."""
+    if plan.fits or plan.gpu is None:
+        return
+    better = alternatives(plan, plan.gpu, 1)
+    advice = f"this fits: {_keys(better[0])}" if better else "no legal mesh of so many GPUs fits; take more GPUs"
+    raise UserError(
+        f"the run needs {plan.memory.total / GB:.1f} GB a GPU, of which there are {plan.gpu.memory / GB:.0f}; {advice}"
+    )
+
+
+def _headline(plan: Plan) -> str:
+    config = plan.config
+    return (
+        f"{parameter_count(config.model) / 1e9:.3g} B parameters, {config.train.global_batch} x {config.data.sequence_length} tokens a pair, "
+        f"on {plan.shape.size} ranks ({plan.shape}), ZeRO {config.parallel.zero}, micro-batch {config.train.micro_batch}"
+    )
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    rows = [f"  {name:<12} {value / GB:8.2f} GB" for name, value in dataclasses.asdict(plan.memory).items()]
+    have = "" if plan.gpu is None else f" of {plan.gpu.memory / GB:.0f}: {'fits' if plan.fits else 'DOES NOT FIT'}"
+    return ["memory of the fullest rank (calculated):", *rows, f"  {'peak':<12} {plan.memory.total / GB:8.2f} GB{have}"]
+
+
+def _time_lines(plan: Plan, gpu: Gpu, tokens: float | None) -> list[str]:
+    rate = plan.tokens_per_second(gpu)
+    total = tokens or float(plan.config.train.pairs * plan.tokens_per_pair)
+    parts = {"arithmetic": plan.compute_seconds(gpu), **plan.communication_seconds(gpu)}
+    rows = [f"  {name:<22} {seconds:8.3f} s" for name, seconds in parts.items()]
+    return [
+        f"a pair, both passes (arithmetic at {plan.efficiency:.0%} of the peak, {plan.efficiency_source}; links calculated):",
+        *rows,
+        f"  {'pair':<22} {plan.pair_seconds(gpu):8.3f} s, pipeline bubble {plan.bubble:.1%}",
+        f"  {rate:,.0f} tokens/s, {rate / plan.shape.size:,.0f} a GPU; {total:.3g} tokens take {total / rate / 86400:.3g} days",
+    ]
+
+
+def _alternative_lines(plan: Plan, gpu: Gpu) -> list[str]:
+    rows = [
+        f"  {other.tokens_per_second(gpu):12,.0f} tokens/s {other.memory.total / GB:7.1f} GB   {_keys(other)}"
+        for other in alternatives(plan, gpu)
+    ]
+    return ["legal alternatives that fit, the fastest first:", *(rows or ["  none"])]
+
+
+def _keys(plan: Plan) -> str:
+    parallel = plan.config.parallel
+    axes = " ".join(f"parallel.{axis}={getattr(parallel, axis)}" for axis in ("tensor", "pipeline", "context", "zero"))
+    return f"{axes} train.micro_batch={plan.config.train.micro_batch}"

@@ -1,0 +1,91 @@
+"""What `megarat status` says of a run folder, while a run writes to it and afterwards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+from megarat.cli import main
+from megarat.status import describe, duration, read
+
+
+def write_lines(path: Path, lines: list[dict], torn: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run of 10 pairs that has done 6 of 2 s each, was started twice, and is writing its next line."""
+    (tmp_path / "config.yaml").write_text(tiny_run.config(run={"dir": str(tmp_path)}).to_yaml())
+    metrics = [
+        {"pair": pair, "tokens": 64 * pair, "loss_sparse": 4.5, "loss_dense": 4.25, "tokens_per_s": 32.0, "seconds": 2.0}
+        for pair in range(1, 7)
+    ]
+    write_lines(tmp_path / "metrics.jsonl", metrics, torn='{"pair": 7, "tok')
+    write_lines(
+        tmp_path / "slurm/history.jsonl",
+        [
+            {"event": "start", "job": "5", "restart": 0},
+            {"event": "end", "job": "5", "restart": 0, "kind": "stopped", "pair": 4},
+            {"event": "start", "job": "5", "restart": 1},
+        ],
+    )
+    (tmp_path / "checkpoints/pair_00000004").mkdir(parents=True)
+    (tmp_path / "checkpoints/.staging-pair_00000006").mkdir()
+    return tmp_path
+
+
+def test_numbers_of_a_run(run):
+    status = read(run)
+    assert (status.pair, status.pairs, status.seconds_left, status.restarts) == (6, 10, 8.0, 1)
+    assert status.checkpoint == "pair_00000004" and status.health == []
+
+
+def test_printed(run, capsys):
+    assert main(["status", str(run)]) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        "pair        6 of 10",
+        "tokens      384",
+        "loss        sparse 4.5000, dense 4.2500",
+        "tokens/s    32",
+        "time left   8 s",
+    ):
+        assert line in printed
+    assert "restarts    1" in printed and "checkpoint  pair_00000004" in printed
+
+
+def test_a_jump_of_the_loss_skipped_pairs_and_a_bad_end_are_told(run):
+    lines = [{"pair": pair, "tokens": 1, "loss_dense": 4.0, "skipped": pair == 3} for pair in range(1, 6)]
+    write_lines(run / "metrics.jsonl", [*lines, {"pair": 6, "tokens": 1, "loss_dense": 7.0}])
+    with (run / "slurm/history.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "end", "job": "5", "kind": "died", "pair": 6, "why": "died with exit code 1"}) + "\n")
+    health = read(run).health
+    assert "pairs skipped for values that are not finite: 3" in health
+    assert "the loss has jumped to 7.000 (recent median 4.000)" in health
+    assert "the last start died with exit code 1" in health
+
+
+def test_a_run_that_has_not_begun(tmp_path):
+    (tmp_path / "slurm").mkdir()
+    assert "none yet" in describe(read(tmp_path))
+
+
+def test_no_run_folder(tmp_path, capsys):
+    assert main(["status", str(tmp_path)]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+
+
+def test_neither_torch_nor_numpy_is_imported(run):
+    code = f"import sys\nfrom megarat.cli import main\nmain(['status', {str(run)!r}])\nassert not {{'torch', 'numpy'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_durations():
+    assert [duration(s) for s in (41, 125, 7500, 273600)] == ["41 s", "2 min 05 s", "2 h 05 min", "3 d 4 h"]
