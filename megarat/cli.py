@@ -89,7 +89,12 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _add_eval(verbs: Any) -> None:
     parser = verbs.add_parser("eval", help="evaluate a checkpoint under one or more patterns")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint or run folder")
-    parser.add_argument("--pattern", action="append", default=[], help=f"{_PATTERN_HELP}; repeatable")
+    parser.add_argument(
+        "--pattern",
+        action="append",
+        default=[],
+        help=f"{_PATTERN_HELP}; with ' + topk blocks=16,size=64,score=max' behind it, every query also reads its best blocks; repeatable",
+    )
     parser.add_argument(
         "--tasks",
         default="ppl",
@@ -207,7 +212,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     from megarat.eval.runner import EvalSettings, evaluate, table, write_results
 
     settings = EvalSettings(
-        patterns=[_pattern(text) for text in arguments.pattern],
+        patterns=[_reading(text) for text in arguments.pattern],
         tasks=arguments.tasks.split(","),
         shards=arguments.shards,
         split=arguments.split,
@@ -293,6 +298,14 @@ def _demo(arguments: argparse.Namespace) -> None:
     from megarat.demo.life import demo
 
     demo(arguments.out, texts=arguments.text, tokenizer=arguments.tokenizer, pairs=arguments.pairs)
+
+
+def _reading(text: str) -> Any:
+    """A pattern with what follows it behind a ``+``."""
+    from megarat.infer.reading import ReadingSpec
+
+    pattern, _, extra = text.partition("+")
+    return ReadingSpec(_pattern(pattern), extra)
 
 
 def _pattern(text: str) -> Any:

@@ -16,9 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megarat.data.tokenizer import Tokenizer
 from megarat.errors import UserError
+from megarat.infer.forward import hidden
 from megarat.infer.generate import generate
+from megarat.infer.reading import Reading
 from megarat.model.lm import RATPlusLM
-from megarat.model.pattern import Patterns
 
 Item = TypeVar("Item")
 
@@ -41,14 +42,14 @@ Answer = TypeVar("Answer", Likelihood, str)
 
 
 class Scorer:
-    """One model under one pattern. ``max_length`` bounds the tokens of a sequence: what is longer loses its start."""
+    """One model read in one way. ``max_length`` bounds the tokens of a sequence: what is longer loses its start."""
 
-    def __init__(self, model: RATPlusLM, patterns: Patterns, tokenizer: Tokenizer, *, batch: int, max_length: int) -> None:
+    def __init__(self, model: RATPlusLM, reading: Reading, tokenizer: Tokenizer, *, batch: int, max_length: int) -> None:
         if tokenizer.vocab_size > model.config.vocab:
             raise UserError(
                 f"{tokenizer.file}: has {tokenizer.vocab_size} entries, but the model's vocabulary has {model.config.vocab}"
             )
-        self._model, self._patterns, self._tokenizer = model, patterns, tokenizer
+        self._model, self._reading, self._tokenizer = model, reading, tokenizer
         self._batch, self._max_length = batch, max_length
         self.on_answers: Callable[[int], object] = lambda _: None  # hears how many requests have just been answered
 
@@ -76,7 +77,7 @@ class Scorer:
                 self._model,
                 ids_BT,
                 longest,
-                self._patterns,
+                self._reading,
                 attention_mask_BT=real_BT,
                 stop_id=self._tokenizer.eos_id,
                 vocabulary=self._tokenizer.vocab_size,
@@ -124,7 +125,7 @@ class Scorer:
         rows = [(context + scored)[-(self._max_length + 1) :] for context, scored in requests]
         counts = [min(len(scored), len(row) - 1) for (_, scored), row in zip(requests, rows, strict=True)]
         ids_BT, _ = self._pad([row[:-1] for row in rows])
-        hidden_BTC = self._model.hidden(ids_BT, self._patterns)
+        hidden_BTC = hidden(self._model, ids_BT, self._reading)
         hidden_NC = torch.cat(
             [
                 hidden_BTC[index, len(row) - 1 - count : len(row) - 1]

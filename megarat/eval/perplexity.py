@@ -16,8 +16,9 @@ from torch import Tensor
 
 from megarat.errors import UserError
 from megarat.infer.cache import cache_bytes
+from megarat.infer.forward import hidden
+from megarat.infer.reading import Reading
 from megarat.model.lm import RATPlusLM
-from megarat.model.pattern import Patterns, describe
 from megarat.ops import linear_cross_entropy
 
 
@@ -39,40 +40,40 @@ class PatternScore:
 
 @torch.no_grad()
 def score_patterns(
-    model: RATPlusLM, all_patterns: Sequence[Patterns], batches: Iterable[tuple[Tensor, Tensor]], length: int
+    model: RATPlusLM, readings: Sequence[Reading], batches: Iterable[tuple[Tensor, Tensor]], length: int
 ) -> list[PatternScore]:
     """Score every pattern on the same ``batches`` of (inputs, labels), both (b, T) int64 on any device.
 
     ``length`` is T, for the cache size. Raises ``UserError`` when the batches hold no scored token.
     """
-    totals = [0.0] * len(all_patterns)
-    seconds = [0.0] * len(all_patterns)
+    totals = [0.0] * len(readings)
+    seconds = [0.0] * len(readings)
     tokens = 0
     device = model.embedding.weight.device
     for inputs_BT, labels_BT in batches:
         inputs_BT, labels_BT = inputs_BT.to(device), labels_BT.to(device)
         tokens += int((labels_BT != -100).sum())
-        for index, patterns in enumerate(all_patterns):
+        for index, reading in enumerate(readings):
             start = time.perf_counter()
-            totals[index] += batch_loss(model, inputs_BT, labels_BT, patterns)
+            totals[index] += batch_loss(model, inputs_BT, labels_BT, reading)
             seconds[index] += time.perf_counter() - start
     if tokens == 0:
         raise UserError("the evaluation corpus holds no token to score: every input token in it ends a document")
     return [
         PatternScore(
-            pattern=describe(patterns),
+            pattern=str(reading),
             loss=total / tokens,
             perplexity=math.exp(total / tokens),
             tokens=tokens,
-            cache_bytes_per_sequence=cache_bytes(model.config, patterns, length),
+            cache_bytes_per_sequence=cache_bytes(model.config, reading, length),
             seconds=spent,
         )
-        for patterns, total, spent in zip(all_patterns, totals, seconds, strict=True)
+        for reading, total, spent in zip(readings, totals, seconds, strict=True)
     ]
 
 
-def batch_loss(model: RATPlusLM, inputs_BT: Tensor, labels_BT: Tensor, patterns: Patterns) -> float:
+def batch_loss(model: RATPlusLM, inputs_BT: Tensor, labels_BT: Tensor, reading: Reading) -> float:
     """Summed cross entropy of one batch, in nats."""
-    hidden_BTC = model.hidden(inputs_BT, patterns)
+    hidden_BTC = hidden(model, inputs_BT, reading)
     total, _ = linear_cross_entropy(hidden_BTC.flatten(0, 1), model.embedding.weight, labels_BT.flatten(), reduction="sum")
     return float(total)

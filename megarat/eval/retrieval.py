@@ -19,8 +19,8 @@ from megarat.errors import UserError
 from megarat.eval.needle import ANSWER_TOKENS, NeedleMaker, Sample, ruler_score, set_score
 from megarat.infer.cache import cache_bytes
 from megarat.infer.generate import generate
+from megarat.infer.reading import Reading
 from megarat.model.lm import RATPlusLM
-from megarat.model.pattern import Patterns, describe
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def prompts_of(maker: NeedleMaker, tokenizer: Tokenizer, task: str, samples: int
 
 def score_needle(
     model: RATPlusLM,
-    all_patterns: Sequence[Patterns],
+    readings: Sequence[Reading],
     task: str,
     prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
@@ -70,30 +70,30 @@ def score_needle(
     """One row a pattern, all on the same prompts, ``batch`` at a time; ``on_batch`` hears how many were answered."""
     longest = max(len(prompt.ids) for prompt in prompts)
     rows = []
-    for patterns in all_patterns:
+    for reading in readings:
         start = time.perf_counter()
         ruler = exact = 0.0
         for chunk in _batches(prompts, batch):
-            for prompt, text in zip(chunk, answer(model, patterns, chunk, tokenizer), strict=True):
+            for prompt, text in zip(chunk, answer(model, reading, chunk, tokenizer), strict=True):
                 ruler += ruler_score(text, prompt.sample.answers)
                 exact += set_score(text, prompt.sample.answers)
             on_batch(len(chunk))
         rows.append(
             NeedleScore(
-                pattern=describe(patterns),
+                pattern=str(reading),
                 task=task,
                 ruler=ruler / len(prompts),
                 exact=exact / len(prompts),
                 samples=len(prompts),
                 prompt_tokens=longest,
-                cache_bytes_per_sequence=cache_bytes(model.config, patterns, longest + ANSWER_TOKENS),
+                cache_bytes_per_sequence=cache_bytes(model.config, reading, longest + ANSWER_TOKENS),
                 seconds=time.perf_counter() - start,
             )
         )
     return rows
 
 
-def answer(model: RATPlusLM, patterns: Patterns, prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[str]:
+def answer(model: RATPlusLM, reading: Reading, prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[str]:
     """The greedy answers, up to EOS or ``ANSWER_TOKENS`` tokens."""
     device = model.embedding.weight.device
     ids_BT = pad_sequence([torch.tensor(prompt.ids) for prompt in prompts], batch_first=True).to(device)
@@ -102,7 +102,7 @@ def answer(model: RATPlusLM, patterns: Patterns, prompts: Sequence[Prompt], toke
         model,
         ids_BT,
         ANSWER_TOKENS,
-        patterns,
+        reading,
         attention_mask_BT=torch.arange(ids_BT.shape[1], device=device) < lengths_B[:, None],
         stop_id=tokenizer.eos_id,
         vocabulary=tokenizer.vocab_size,

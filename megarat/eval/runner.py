@@ -25,8 +25,9 @@ from megarat.eval.perplexity import PatternScore, score_patterns
 from megarat.eval.retrieval import NeedleScore, prompts_of, score_needle
 from megarat.eval.tasks import parse_tasks
 from megarat.infer.load import LoadedModel, load
+from megarat.infer.reading import Reading, ReadingSpec
 from megarat.infer.text import find_tokenizer
-from megarat.model.pattern import PatternSpec, describe
+from megarat.model.pattern import PatternSpec
 
 RESULTS_SCHEMA = 1
 SPLITS = ("train", "validation")
@@ -36,7 +37,7 @@ SPLITS = ("train", "validation")
 class EvalSettings:
     """What ``megarat eval`` was asked for; None means: as in the checkpoint's own run."""
 
-    patterns: Sequence[PatternSpec]
+    patterns: Sequence[PatternSpec | ReadingSpec]
     tasks: Sequence[str] = ("ppl",)
     shards: str | None = None
     split: str = "validation"
@@ -59,18 +60,18 @@ def evaluate(checkpoint: str | Path, settings: EvalSettings) -> dict[str, Any]:
     tasks = parse_tasks(settings.tasks)
     if "harness" in tasks:
         check_tasks(settings.eval_data, tasks["harness"])
-    patterns = list(settings.patterns) or ["dense"]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[settings.precision]
-    model = load(checkpoint, patterns[0], settings.device, dtype)
+    model = load(checkpoint, None, settings.device, dtype)
+    readings = [model.reading(pattern) for pattern in settings.patterns or ["dense"]]
     state = checkpoints.load_state(model.checkpoint)
     length = settings.sequence_length or state.config.data.sequence_length
     rows: dict[str, Sequence[PatternScore | NeedleScore | HarnessScore]] = {}
     if "ppl" in tasks:
-        rows["ppl"] = _perplexity(model, patterns, settings.shards or state.config.data.primary, length, settings)
+        rows["ppl"] = _perplexity(model, readings, settings.shards or state.config.data.primary, length, settings)
     if "needle" in tasks:
-        rows["needle"] = _needle(model, patterns, tasks["needle"], length, settings)
+        rows["needle"] = _needle(model, readings, tasks["needle"], length, settings)
     if "harness" in tasks:
-        rows["harness"] = _harness(model, patterns, tasks["harness"], length, settings)
+        rows["harness"] = _harness(model, readings, tasks["harness"], length, settings)
     return {
         "schema": RESULTS_SCHEMA,
         "megarat": megarat.__version__,
@@ -84,47 +85,44 @@ def evaluate(checkpoint: str | Path, settings: EvalSettings) -> dict[str, Any]:
 
 
 def _perplexity(
-    model: LoadedModel, patterns: list[PatternSpec], shards: str, length: int, settings: EvalSettings
+    model: LoadedModel, readings: list[Reading], shards: str, length: int, settings: EvalSettings
 ) -> list[PatternScore]:
     if settings.split not in SPLITS:
         raise UserError(f"--split: {settings.split!r}; expected {' or '.join(SPLITS)}")
     reader = TokenReader(join(shards, settings.split))
     check_vocabulary(reader.index, model.config.vocab)
-    resolved = [model.resolve(pattern) for pattern in patterns]
     batches = evaluation_batches(reader, length, settings.micro_batch, settings.limit_tokens)
     total = min(reader.num_tokens, settings.limit_tokens or reader.num_tokens) // length * length
     with tqdm(total=total, desc="perplexity", unit="tok", unit_scale=True, disable=not settings.progress) as bar:
-        return score_patterns(model.lm, resolved, _counted(batches, bar), length)
+        return score_patterns(model.lm, readings, _counted(batches, bar), length)
 
 
 def _needle(
-    model: LoadedModel, patterns: list[PatternSpec], tasks: Sequence[str], length: int, settings: EvalSettings
+    model: LoadedModel, readings: list[Reading], tasks: Sequence[str], length: int, settings: EvalSettings
 ) -> list[NeedleScore]:
     tokenizer = find_tokenizer(model, settings.tokenizer)
     essay = read_essay(settings.needle_text) if settings.needle_text else None
     maker = NeedleMaker(tokenizer, length - ANSWER_TOKENS, seed=settings.seed, essay=essay)
-    resolved = [model.resolve(pattern) for pattern in patterns]
     rows: list[NeedleScore] = []
-    total = len(tasks) * len(patterns) * settings.samples
+    total = len(tasks) * len(readings) * settings.samples
     with tqdm(total=total, desc="needle", unit="prompt", disable=not settings.progress) as bar:
         for task in tasks:
             prompts = prompts_of(maker, tokenizer, task, settings.samples, model.config.vocab)
-            rows += score_needle(model.lm, resolved, task, prompts, tokenizer, settings.micro_batch, bar.update)
+            rows += score_needle(model.lm, readings, task, prompts, tokenizer, settings.micro_batch, bar.update)
     return rows
 
 
 def _harness(
-    model: LoadedModel, patterns: list[PatternSpec], tasks: Sequence[str], length: int, settings: EvalSettings
+    model: LoadedModel, readings: list[Reading], tasks: Sequence[str], length: int, settings: EvalSettings
 ) -> list[HarnessScore]:
     folder = check_tasks(settings.eval_data, tasks)
     tokenizer = find_tokenizer(model, settings.tokenizer)
     rows: list[HarnessScore] = []
-    for pattern in patterns:
-        resolved = model.resolve(pattern)
-        scorer = Scorer(model.lm, resolved, tokenizer, batch=settings.micro_batch, max_length=length)
-        with tqdm(desc=f"harness, {describe(resolved)}", unit="request", disable=not settings.progress) as bar:
+    for reading in readings:
+        scorer = Scorer(model.lm, reading, tokenizer, batch=settings.micro_batch, max_length=length)
+        with tqdm(desc=f"harness, {reading}", unit="request", disable=not settings.progress) as bar:
             scorer.on_answers = bar.update
-            rows += run_harness(scorer, describe(resolved), tasks, folder, settings.limit)
+            rows += run_harness(scorer, str(reading), tasks, folder, settings.limit)
     return rows
 
 

@@ -2,9 +2,10 @@
 
 For every layer and every group of heads with one pattern (D, W, I) the cache keeps rotated keys and values in slots
 [initial I | ring W | far], and for every layer the fp32 state of the recurrence before rotary. ``megarat.ops.decode_attention``
-defines which position a slot holds; everything is a function of the sequences' lengths, so rows of a batch may differ.
+defines which position a slot holds; everything is a function of the sequences' lengths, so rows of a batch may differ. With top-k
+blocks every key is kept (slot j holds position j) and the choice is made when they are read.
 
-Shapes: B sequences, H heads, K head channels, T prompt length, S slots of a head group.
+Shapes: B sequences, T tokens of a chunk, H heads, K head channels, S slots of a head group.
 """
 
 from __future__ import annotations
@@ -13,37 +14,83 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from megarat.config import ModelConfig
+from megarat.infer.reading import Reading
+from megarat.infer.topk import TopK, topk_attention
+from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import HeadGroup, Pattern, Patterns, layer_groups
 from megarat.ops import ScanState, cache_slots, cache_write, decode_attention
 from megarat.ops.decode_attention import slot_positions
+from megarat.ops.dilated_attention import visible
 
 
 @dataclass
 class GroupCache:
-    """Slots of the heads that share a pattern in one layer; keys and values are (B, heads of the group, S, K)."""
+    """Slots of the heads that share a pattern in one layer; keys and values are (B, heads of the group, S, K).
+
+    ``kept`` is the pattern by which slots hold positions; ``pattern`` the one queries read by. They differ only under top-k.
+    """
 
     pattern: Pattern
+    kept: Pattern
+    topk: TopK | None
     heads: tuple[int, ...]
     k_BHSK: Tensor
     v_BHSK: Tensor
 
-    def fill(self, k_BTHK: Tensor, v_BTHK: Tensor, lengths_B: Tensor) -> None:
-        """Keep what each row of a right-padded prompt leaves behind after ``lengths_B`` tokens."""
-        positions_BS = slot_positions(self.k_BHSK.shape[2], lengths_B, self.pattern)
-        last = k_BTHK.shape[1] - 1
-        index_BHSK = positions_BS.clamp(0, last)[:, None, :, None].expand_as(
-            self.k_BHSK
-        )  # empty slots hold anything: they stay hidden
+    def append(self, k_BTHK: Tensor, v_BTHK: Tensor, start: int, lengths_B: Tensor) -> None:
+        """Keep what each row leaves behind of the tokens at positions ``start`` … ``lengths_B`` - 1 (none where that is no range)."""
+        positions_BS = slot_positions(self.k_BHSK.shape[2], lengths_B, self.kept)
+        fresh_BS = (positions_BS >= start) & (positions_BS < lengths_B[:, None])
+        index_BHSK = (positions_BS - start).clamp(0, k_BTHK.shape[1] - 1)[:, None, :, None].expand_as(self.k_BHSK)
         for cache, full_BTHK in ((self.k_BHSK, k_BTHK), (self.v_BHSK, v_BTHK)):
-            cache.copy_(full_BTHK.transpose(1, 2)[:, list(self.heads)].gather(2, index_BHSK))
+            new_BHSK = full_BTHK.transpose(1, 2).gather(2, index_BHSK)
+            cache.copy_(torch.where(fresh_BS[:, None, :, None], new_BHSK, cache))
 
-    def attend(self, q_BHK: Tensor, k_BHK: Tensor, v_BHK: Tensor, lengths_B: Tensor) -> Tensor:
-        """Attention of the current tokens of this group's heads, then store their keys and values."""
+    def extend(self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, start: int, lengths_B: Tensor) -> Tensor:
+        """Attention (B, T, H, K) of the tokens from ``start`` on to all before them and among themselves; then keep them.
+
+        Only the first ``lengths_B - start`` tokens of a row are real; what the others get means nothing.
+        """
+        positions_T = torch.arange(start, start + q_BTHK.shape[1], device=q_BTHK.device)
+        if self.topk is not None:
+            self.append(k_BTHK, v_BTHK, start, lengths_B)
+            return self._attend_blocks(q_BTHK, positions_T.expand(len(q_BTHK), -1))
+        seen_TS = torch.cat((self._visible_slots(positions_T, start), visible(positions_T, positions_T, self.pattern)), dim=1)
+        k_BHSK = torch.cat((self.k_BHSK, k_BTHK.transpose(1, 2)), dim=2)
+        v_BHSK = torch.cat((self.v_BHSK, v_BTHK.transpose(1, 2)), dim=2)
+        out_BHTK = functional.scaled_dot_product_attention(q_BTHK.transpose(1, 2), k_BHSK, v_BHSK, attn_mask=seen_TS)
+        self.append(k_BTHK, v_BTHK, start, lengths_B)
+        return out_BHTK.transpose(1, 2)
+
+    def step(self, q_BHK: Tensor, k_BHK: Tensor, v_BHK: Tensor, lengths_B: Tensor) -> Tensor:
+        """Attention of the current tokens of this group's heads, and keep their keys and values."""
+        if self.topk is not None:
+            cache_write(self.k_BHSK, self.v_BHSK, k_BHK, v_BHK, lengths_B, self.kept)
+            return self._attend_blocks(q_BHK[:, None], lengths_B[:, None])[:, 0]
         out_BHK = decode_attention(q_BHK, k_BHK, v_BHK, self.k_BHSK, self.v_BHSK, lengths_B, self.pattern)
-        cache_write(self.k_BHSK, self.v_BHSK, k_BHK, v_BHK, lengths_B, self.pattern)
+        cache_write(self.k_BHSK, self.v_BHSK, k_BHK, v_BHK, lengths_B, self.kept)
         return out_BHK
+
+    def _attend_blocks(self, q_BTHK: Tensor, positions_BT: Tensor) -> Tensor:
+        assert self.topk is not None
+        return topk_attention(
+            q_BTHK, self.k_BHSK.transpose(1, 2), self.v_BHSK.transpose(1, 2), positions_BT, self.pattern, self.topk
+        )
+
+    def _visible_slots(self, positions_T: Tensor, start: int) -> Tensor:
+        """Which slots, filled up to ``start`` tokens, the queries at ``positions_T`` see: bool (T, S).
+
+        As in `megarat.ops.decode_attention`: behind a query's window only the initial and far slots count, within it only the ring.
+        """
+        slots, (_, window, initial) = self.k_BHSK.shape[2], self.pattern
+        held_S = slot_positions(slots, torch.tensor([start], device=positions_T.device), self.pattern)[0]
+        slot_S = torch.arange(slots, device=positions_T.device)
+        in_ring_S = (slot_S >= initial) & (slot_S < initial + window)
+        lo_T1 = (positions_T - window).clamp_min(0)[:, None]
+        return torch.where(in_ring_S, held_S >= lo_T1, held_S < lo_T1) & (held_S < start)
 
 
 class SparseCache:
@@ -53,14 +100,22 @@ class SparseCache:
     """
 
     def __init__(
-        self, config: ModelConfig, patterns: Patterns, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        reading: Reading | Patterns,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
+        reading = reading if isinstance(reading, Reading) else Reading(reading)
+        self.reading = reading
         self.capacity = capacity
         self.lengths_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self.states: list[ScanState | None] = [None] * config.layers
-        self.layers = [
-            [_empty_group(group, batch, capacity, config.head_dim, dtype, device) for group in layer] for layer in patterns
-        ]
+        self._tables: tuple[Tensor, Tensor] | None = None
+        shape = (batch, capacity, config.head_dim)
+        self.layers = [[_empty_group(group, reading.topk, shape, dtype, device) for group in layer] for layer in reading.patterns]
 
     @property
     def bytes(self) -> int:
@@ -69,32 +124,65 @@ class SparseCache:
         states = [tensor for state in self.states if state is not None for tensor in state]
         return sum(tensor.numel() * tensor.element_size() for tensor in slots + states)
 
-    def fill(self, layer: int, k_BTHK: Tensor, v_BTHK: Tensor, state: ScanState | None, lengths_B: Tensor) -> None:
-        """Take over one layer's keys, values and state after a prompt."""
-        for group in self.layers[layer]:
-            group.fill(k_BTHK, v_BTHK, lengths_B)
-        self.states[layer] = state
+    def rotary_tables(self, model: RATPlusLM) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position the cache has room for, each (capacity, R); computed once."""
+        if self._tables is None:
+            self._tables = model.rotary(torch.arange(self.capacity, device=self.lengths_B.device))
+        return self._tables
 
-    def attend(self, layer: int, q_BHK: Tensor, k_BHK: Tensor, v_BHK: Tensor) -> Tensor:
-        """One layer's attention of the current tokens, (B, H, K), head group by head group."""
+    def append(self, layer: int, k_BTHK: Tensor, v_BTHK: Tensor, start: int, lengths_B: Tensor) -> None:
+        """Keep one layer's keys and values of a chunk, without reading anything."""
+        for group in self.layers[layer]:
+            heads = list(group.heads)
+            group.append(k_BTHK[:, :, heads], v_BTHK[:, :, heads], start, lengths_B)
+
+    def extend(self, layer: int, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, start: int, lengths_B: Tensor) -> Tensor:
+        """One layer's attention of a chunk of tokens from ``start`` on, (B, T, H, K), head group by head group; then keep them."""
+        out_BTHK = torch.empty_like(q_BTHK)
+        for group in self.layers[layer]:
+            heads = list(group.heads)
+            q, k, v = (x[:, :, heads] for x in (q_BTHK, k_BTHK, v_BTHK))
+            out_BTHK[:, :, heads] = group.extend(q, k, v, start, lengths_B)
+        return out_BTHK
+
+    def step(self, layer: int, q_BHK: Tensor, k_BHK: Tensor, v_BHK: Tensor) -> Tensor:
+        """One layer's attention of the current tokens, (B, H, K), head group by head group; then keep them."""
         groups = self.layers[layer]
         if len(groups) == 1:
-            return groups[0].attend(q_BHK, k_BHK, v_BHK, self.lengths_B)
+            return groups[0].step(q_BHK, k_BHK, v_BHK, self.lengths_B)
         out_BHK = torch.empty_like(q_BHK)
         for group in groups:
             heads = list(group.heads)
-            out_BHK[:, heads] = group.attend(q_BHK[:, heads], k_BHK[:, heads], v_BHK[:, heads], self.lengths_B)
+            out_BHK[:, heads] = group.step(q_BHK[:, heads], k_BHK[:, heads], v_BHK[:, heads], self.lengths_B)
         return out_BHK
+
+    def copy_row(self, row: int, other: SparseCache, from_row: int) -> None:
+        """Put a sequence of another cache, of the same reading and capacity, into a row of this one."""
+        self.lengths_B[row] = other.lengths_B[from_row]
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            for group, source in zip(mine, theirs, strict=True):
+                group.k_BHSK[row] = source.k_BHSK[from_row]
+                group.v_BHSK[row] = source.v_BHSK[from_row]
+        for index, state in enumerate(other.states):
+            if state is None:
+                continue
+            own = self.states[index]
+            if own is None:
+                rows = len(self.lengths_B)
+                own = self.states[index] = ScanState(*(part.new_zeros(rows, *part.shape[1:]) for part in state))
+            for part, source_part in zip(own, state, strict=True):
+                part[row] = source_part[from_row]
 
 
 def _empty_group(
-    group: HeadGroup, batch: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+    group: HeadGroup, topk: TopK | None, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str
 ) -> GroupCache:
+    batch, capacity, head_dim = shape
     pattern = _within(group.pattern, capacity)
-    shape = (batch, len(group.heads), cache_slots(pattern, capacity), head_dim)
-    return GroupCache(
-        pattern, group.heads, torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-    )
+    kept = pattern if topk is None else Pattern()
+    size = (batch, len(group.heads), cache_slots(kept, capacity), head_dim)
+    k, v = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
+    return GroupCache(pattern, kept, topk, group.heads, k, v)
 
 
 def _within(pattern: Pattern, capacity: int) -> Pattern:
@@ -102,11 +190,13 @@ def _within(pattern: Pattern, capacity: int) -> Pattern:
     return pattern._replace(window=min(pattern.window, capacity), initial=min(pattern.initial, capacity))
 
 
-def cache_bytes(config: ModelConfig, patterns: Patterns, length: int, dtype: torch.dtype = torch.bfloat16) -> int:
+def cache_bytes(config: ModelConfig, reading: Reading | Patterns, length: int, dtype: torch.dtype = torch.bfloat16) -> int:
     """Bytes one sequence of up to ``length`` tokens keeps while decoding.
 
-    Per layer: 2 K bytes(dtype) (I + W + floor(length / D) - floor(I / D)) for each head, and 8 C for the fp32 state of k~ and v~.
+    Per layer: 2 K bytes(dtype) (I + W + floor(length / D) - floor(I / D)) for each head, and 8 C for the fp32 state of k~ and v~. Top-k
+    keeps what a dense cache keeps.
     """
-    slots = sum(len(group.heads) * cache_slots(_within(group.pattern, length), length) for _, group in layer_groups(patterns))
+    kept = reading.kept if isinstance(reading, Reading) else reading
+    slots = sum(len(group.heads) * cache_slots(_within(group.pattern, length), length) for _, group in layer_groups(kept))
     state = 8 * config.hidden * config.layers if config.recurrence else 0
     return 2 * config.head_dim * dtype.itemsize * slots + state

@@ -1,8 +1,5 @@
 """Text from the sparse cache: prefill a batch of unequal prompts, then one token at a time.
 
-Prefill is the training forward (every query attends through the pattern's mask), decoding reads the cache; both compute the same
-function, for every pattern.
-
 Shapes: B sequences, T prompt length, C width, V vocabulary, H heads, K head channels.
 """
 
@@ -16,9 +13,10 @@ from torch import Tensor
 
 from megarat.errors import UserError
 from megarat.infer.cache import SparseCache
+from megarat.infer.forward import decode_step, prefill
+from megarat.infer.reading import Reading
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import Patterns
-from megarat.ops import apply_rotary, gate_step
 
 
 @dataclass(frozen=True)
@@ -39,53 +37,11 @@ GREEDY = Sampling()
 
 
 @torch.no_grad()
-def prefill(model: RATPlusLM, ids_BT: Tensor, lengths_B: Tensor, patterns: Patterns, cache: SparseCache) -> Tensor:
-    """Read right-padded prompts into the cache and return the logits (B, V) after each prompt's last token.
-
-    ``lengths_B`` (int64) counts the real tokens of each row; what lies behind them influences nothing.
-    """
-    positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-    rotary = model.rotary(positions_T)
-    padding_BT = positions_T >= lengths_B[:, None]
-    x_BTC = model.embed(ids_BT)
-    for index, (block, pattern) in enumerate(zip(model.blocks, patterns, strict=True)):
-        projections = block.mixer.project(x_BTC)
-        q, k, v, state = block.mixer.recur(projections, rotary, padding_BT=padding_BT)
-        cache.fill(index, k, v, state, lengths_B)
-        x_BTC = x_BTC + block.mixer.attend(projections.o, q, k, v, pattern)
-        x_BTC = x_BTC + block.ffn(x_BTC)
-    cache.lengths_B.copy_(lengths_B)
-    last_B1C = x_BTC.gather(1, (lengths_B - 1)[:, None, None].expand(-1, 1, x_BTC.shape[-1]))
-    return model.logits(model.norm(last_B1C))[:, 0]
-
-
-@torch.no_grad()
-def decode_step(model: RATPlusLM, ids_B: Tensor, cache: SparseCache) -> Tensor:
-    """Append one token to each sequence and return the logits (B, V) of the next."""
-    cos, sin = model.rotary(cache.lengths_B)
-    x_B1C = model.embed(ids_B[:, None])
-    for index, block in enumerate(model.blocks):
-        projections = block.mixer.project(x_B1C)
-        o, q, k, v = (part[:, 0] for part in projections[:4])
-        q = apply_rotary(q, cos, sin)
-        state = cache.states[index]
-        if projections.g is None or state is None:  # the attention-only baseline
-            k = apply_rotary(k, cos, sin)
-        else:
-            k, v, cache.states[index] = gate_step(k, v, projections.g[:, 0], state, cos, sin)
-        mixed_BHK = cache.attend(index, q, k, v) * torch.sigmoid(o)
-        x_B1C = x_B1C + block.mixer.out_proj(mixed_BHK.flatten(-2))[:, None]
-        x_B1C = x_B1C + block.ffn(x_B1C)
-    cache.lengths_B += 1
-    return model.logits(model.norm(x_B1C))[:, 0]
-
-
-@torch.no_grad()
 def generate(
     model: RATPlusLM,
     ids_BT: Tensor,
     max_new_tokens: int,
-    patterns: Patterns,
+    reading: Reading | Patterns,
     *,
     attention_mask_BT: Tensor | None = None,
     sampling: Sampling = GREEDY,
@@ -103,8 +59,8 @@ def generate(
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
     capacity = int(lengths_B.max()) + max_new_tokens
-    cache = SparseCache(model.config, patterns, len(prompts_BT), capacity, model.embedding.weight.dtype, prompts_BT.device)
-    logits_BV = prefill(model, prompts_BT, lengths_B, patterns, cache)
+    cache = SparseCache(model.config, reading, len(prompts_BT), capacity, model.embedding.weight.dtype, prompts_BT.device)
+    logits_BV = prefill(model, prompts_BT, lengths_B, cache)
     generator = torch.Generator(device=prompts_BT.device).manual_seed(sampling.seed)
     seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
     stopped_B = torch.zeros(len(prompts_BT), dtype=torch.bool, device=prompts_BT.device)

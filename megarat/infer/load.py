@@ -12,6 +12,7 @@ from megarat.config import ModelConfig
 from megarat.errors import UserError
 from megarat.infer.cache import cache_bytes
 from megarat.infer.generate import GREEDY, Sampling, generate
+from megarat.infer.reading import Reading, ReadingSpec, read_as
 from megarat.model import names
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import Patterns, PatternSpec, describe, resolve
@@ -39,6 +40,10 @@ class LoadedModel(nn.Module):
     def resolve(self, pattern: PatternSpec | None) -> Patterns:
         """This model's layers and heads under ``pattern``; None is the pattern given at load."""
         return self.patterns if pattern is None else resolve(pattern, self.config.layers, self.config.heads)
+
+    def reading(self, spec: PatternSpec | ReadingSpec | Reading | None) -> Reading:
+        """A pattern, perhaps with top-k blocks (``D=16 + topk blocks=16``), for this model; None is the pattern given at load."""
+        return Reading(self.patterns) if spec is None else read_as(spec, self.config)
 
     def forward(self, ids_BT: Tensor, pattern: PatternSpec | None = None) -> Tensor:
         """Logits (B, T, V), fp32, on the model's device, of token ids (B, T), int64, on any."""

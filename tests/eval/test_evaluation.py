@@ -93,6 +93,14 @@ def test_the_rows_name_their_pattern_and_its_cache(results, checkpoint):
     assert [row["cache_bytes_per_sequence"] for row in rows] == [model.cache_bytes(LENGTH, pattern) for pattern in PATTERNS]
 
 
+def test_top_k_blocks_lose_nothing_where_they_cover_the_sequence_and_something_where_not(results, checkpoint, shards):
+    rows = evaluate(checkpoint, settings(shards, patterns=[f"D=-1 + topk blocks={n},size=4" for n in (8, 3)]))["tasks"]["ppl"]
+    dense = results["tasks"]["ppl"][0]
+    assert rows[0]["loss"] == pytest.approx(dense["loss"], abs=1e-6) and rows[1]["loss"] != pytest.approx(dense["loss"], abs=1e-4)
+    assert rows[1]["pattern"] == "D=-1,W=0,I=0 + topk blocks=3,size=4,score=max"
+    assert rows[1]["cache_bytes_per_sequence"] == dense["cache_bytes_per_sequence"]
+
+
 def test_the_batch_size_changes_no_result(results, checkpoint, shards):
     again = evaluate(checkpoint, settings(shards, patterns=PATTERNS[1:2], micro_batch=1))["tasks"]["ppl"][0]
     assert again["loss"] == pytest.approx(results["tasks"]["ppl"][1]["loss"], abs=1e-6)

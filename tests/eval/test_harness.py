@@ -16,6 +16,7 @@ from megarat.eval.harness import HarnessScore, check_tasks, run_harness
 from megarat.eval.likelihood import Scorer
 from megarat.eval.runner import table
 from megarat.eval.tasks import parse_tasks
+from megarat.infer.reading import Reading
 from megarat.model.pattern import resolve
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
@@ -49,7 +50,7 @@ def prepared(tmp_path) -> Path:
 
 @needs_harness
 def test_scores_are_those_of_a_loop_over_the_items(published, prepared, tmp_path):
-    scorer = Scorer(published, resolve("D=8,W=4", 2, 2), Bytes(), batch=4, max_length=256)
+    scorer = Scorer(published, Reading(resolve("D=8,W=4", 2, 2)), Bytes(), batch=4, max_length=256)
     piqa, lambada = run_harness(scorer, "D=8,W=4,I=0", ["piqa", "lambada_openai"], prepared)
     right = right_by_length = 0
     for row in PIQA:
@@ -70,7 +71,7 @@ def test_scores_are_those_of_a_loop_over_the_items(published, prepared, tmp_path
 
 @needs_harness
 def test_a_limit_takes_the_first_items(published, prepared):
-    scorer = Scorer(published, resolve("dense", 2, 2), Bytes(), batch=4, max_length=256)
+    scorer = Scorer(published, Reading(resolve("dense", 2, 2)), Bytes(), batch=4, max_length=256)
     [piqa] = run_harness(scorer, "dense", ["piqa"], prepared, limit=4)
     assert piqa.samples == 4
 

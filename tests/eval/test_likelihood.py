@@ -10,6 +10,7 @@ import torch
 from megarat.config import ModelConfig
 from megarat.errors import UserError
 from megarat.eval.likelihood import Scorer
+from megarat.infer.reading import Reading
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import resolve
 
@@ -35,9 +36,10 @@ def model() -> RATPlusLM:
 
 
 def scorer(model, batch: int = 3, max_length: int = 64) -> Scorer:
-    return Scorer(model, PATTERNS, Pairs(), batch=batch, max_length=max_length)
+    return Scorer(model, Reading(PATTERNS), Pairs(), batch=batch, max_length=max_length)
 
 
+@torch.no_grad()
 def log_probabilities(model, ids: list[int]) -> torch.Tensor:
     """(T, V) of the next token, over the tokens the tokenizer has."""
     return model(torch.tensor([ids]), PATTERNS)[0, :, : Pairs.vocab_size].log_softmax(dim=-1)
@@ -126,4 +128,4 @@ def test_generated_text_ends_before_the_first_stop(model):
 def test_a_tokenizer_of_another_vocabulary_is_refused():
     small = RATPlusLM(ModelConfig(layers=1, hidden=16, heads=2, vocab=64))
     with pytest.raises(UserError, match="pairs: has 129 entries, but the model's vocabulary has 64"):
-        Scorer(small, resolve("dense", 1, 2), Pairs(), batch=1, max_length=8)
+        Scorer(small, Reading(resolve("dense", 1, 2)), Pairs(), batch=1, max_length=8)

@@ -16,6 +16,7 @@ from megarat.eval import retrieval
 from megarat.eval.needle import ANSWER_TOKENS, NEEDLE_TASKS, NeedleMaker, read_essay, ruler_score, set_score
 from megarat.eval.retrieval import answer, prompts_of, score_needle
 from megarat.eval.tasks import parse_tasks
+from megarat.infer.reading import Reading
 from megarat.model.pattern import resolve
 
 HIDDEN = re.compile(r"One of the special magic (numbers|uuids) for (\S+) is: (\S+)\.(?=\s|$)")
@@ -188,11 +189,11 @@ def test_what_is_no_task_is_refused(text, message):
 
 def test_a_batch_of_unequal_prompts_answers_like_each_alone(published, monkeypatch):
     monkeypatch.setattr(retrieval, "ANSWER_TOKENS", 12)
-    patterns = resolve("D=8,W=4,I=2", 2, 2)
+    reading = Reading(resolve("D=8,W=4,I=2", 2, 2))
     prompts = [*prompts_of(maker(600), Bytes(), "single_1", 2, 512), *prompts_of(maker(420), Bytes(), "single_2", 1, 512)]
     assert len({len(prompt.ids) for prompt in prompts}) > 1
-    together = answer(published, patterns, prompts, Bytes())
-    assert together == [answer(published, patterns, [prompt], Bytes())[0] for prompt in prompts]
+    together = answer(published, reading, prompts, Bytes())
+    assert together == [answer(published, reading, [prompt], Bytes())[0] for prompt in prompts]
 
 
 def test_scores_are_means_over_the_samples(published, monkeypatch):
@@ -209,7 +210,7 @@ def test_scores_are_means_over_the_samples(published, monkeypatch):
 
     monkeypatch.setattr(retrieval, "generate", generate)
     answered = []
-    [row] = score_needle(published, [resolve("D=4", 2, 2)], "multivalue", prompts, Bytes(), 3, answered.append)
+    [row] = score_needle(published, [Reading(resolve("D=4", 2, 2))], "multivalue", prompts, Bytes(), 3, answered.append)
     assert (row.ruler, row.exact, row.samples, sum(answered)) == (0.75, 0.75, 8, 8)
     assert row.prompt_tokens == max(len(prompt.ids) for prompt in prompts)
 

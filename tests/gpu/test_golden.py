@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megarat.infer.cache import SparseCache
-from megarat.infer.generate import decode_step, prefill
+from megarat.infer.forward import decode_step, prefill
 from megarat.model.pattern import resolve
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -50,7 +50,7 @@ def test_prefill_and_decode_equal_the_full_forward(published, golden, pattern):
         full = published.double()(ids, patterns)
         model = published.float().cuda()
         cache = SparseCache(model.config, patterns, 2, 100, torch.float32, "cuda")
-        logits = prefill(model, ids[:, :61].cuda(), lengths.cuda(), patterns, cache)
+        logits = prefill(model, ids[:, :61].cuda(), lengths.cuda(), cache)
         for step in range(30):
             rows = torch.arange(2)
             assert relative_error(logits, full[rows, lengths - 1 + step]) < 1e-4

@@ -10,7 +10,8 @@ import torch
 from megarat.config import ModelConfig
 from megarat.errors import UserError
 from megarat.infer.cache import SparseCache, cache_bytes
-from megarat.infer.generate import decode_step, generate, prefill
+from megarat.infer.forward import decode_step, prefill
+from megarat.infer.generate import generate
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import resolve
 
@@ -38,7 +39,7 @@ STEPS = 13
 
 
 @torch.no_grad()
-def worst_error(model: RATPlusLM, spec, lengths, steps: int) -> float:
+def worst_error(model: RATPlusLM, spec, lengths, steps: int, chunk: int | None = None) -> float:
     """Largest difference of logits between prefill + decode and the full forward, in units of the largest logit."""
     patterns = resolve(spec, model.config.layers, model.config.heads)
     total = max(lengths) + steps
@@ -49,7 +50,7 @@ def worst_error(model: RATPlusLM, spec, lengths, steps: int) -> float:
     dtype = model.embedding.weight.dtype
     cache = SparseCache(model.config, patterns, len(lengths), total, dtype, "cpu")
     prompts_BT = ids_BT[:, : max(lengths)].clone()
-    logits_BV = prefill(model, prompts_BT, lengths_B, patterns, cache)
+    logits_BV = prefill(model, prompts_BT, lengths_B, cache, chunk)
     rows = torch.arange(len(lengths))
     worst = 0.0
     for step in range(steps + 1):
@@ -75,6 +76,14 @@ def sharp_model(recurrence: bool) -> RATPlusLM:
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_prefill_and_decode_equal_the_full_forward_of_sharp_float64_weights(spec, recurrence):
     assert worst_error(sharp_model(recurrence), spec, LENGTHS, STEPS) < 1e-11
+
+
+@pytest.mark.parametrize("recurrence", [True, False])
+@pytest.mark.parametrize("chunk", [1, 5, 16, 60])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_prefill_in_chunks_equals_the_full_forward(spec, chunk, recurrence):
+    """Prompts that end in, at the edge of and before the last chunk; windows, initial tokens and dilations across chunks."""
+    assert worst_error(sharp_model(recurrence), spec, LENGTHS, steps=3, chunk=chunk) < 1e-11
 
 
 @pytest.mark.parametrize("window", [0, 3])
@@ -121,7 +130,7 @@ def test_cache_bytes_are_the_bytes_held(spec, dtype, recurrence):
     model, patterns = RATPlusLM(shape).to(dtype).initialise(0), resolve(spec, 2, 2)
     for capacity in (9, 50):
         cache = SparseCache(shape, patterns, 3, capacity, dtype, "cpu")
-        prefill(model, torch.zeros(3, 5, dtype=torch.int64), torch.tensor([5, 1, 3]), patterns, cache)
+        prefill(model, torch.zeros(3, 5, dtype=torch.int64), torch.tensor([5, 1, 3]), cache)
         states = [tensor for state in cache.states if state is not None for tensor in state]
         slots = [tensor for layer in cache.layers for group in layer for tensor in (group.k_BHSK, group.v_BHSK)]
         held = sum(tensor.untyped_storage().nbytes() for tensor in states + slots)
