@@ -113,7 +113,7 @@ def decode_variants() -> Iterator[Variant]:
                     graphs.append(decode_graph(24, 2048, 32000, 64, 4096, pattern))
                 return graphs[0]()
 
-            yield f"decode step 64x4096 {pattern} {tile}", with_table(decode, "TILE", tile, replay)
+            yield f"decode step 64x4096 {pattern} {tile}", with_table(decode, "TILES", ((1 << 30, tile),), replay)
 
 
 def all_variants(group: str, small: bool) -> Iterator[Variant]:

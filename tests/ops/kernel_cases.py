@@ -278,7 +278,7 @@ def test_decoding_step_by_step_equals_the_full_forward_for_rows_of_different_len
     """Two rows, the second padded by 5 on the left of time: it starts 5 steps later. Slots never written hold NaN."""
     length, heads, channels = 30, 2, 16
     monkeypatch.setattr("megarat.ops.kernels.decode_attention.PROGRAMS", splits * 2 * heads)
-    monkeypatch.setattr("megarat.ops.kernels.decode_attention.TILE", (4, 4, 2))
+    monkeypatch.setattr("megarat.ops.kernels.decode_attention.TILES", ((1 << 30, (4, 4, 2)),))
     q, k, v, g, gate = torch.randn(2, length, 5, heads, channels, device=DEVICE).unbind(2)
     cos, sin = rotary_tables(torch.arange(length, device=DEVICE), channels)
     wide = [x.double() for x in (q, k, v, g, gate)]

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
-TILE = (64, 4, 3)  # slots N, warps, load stages; chosen by timing on an H200
+# (up to so many cache slots, (slots N of a tile, warps, load stages)); chosen by timing on an H200
+TILES = ((128, (16, 2, 2)), (1024, (32, 2, 3)), (1 << 30, (64, 4, 3)))
 PROGRAMS = 528  # splits are added until there are about four programs for each of an H200's 132 multiprocessors
 LOWEST = tl.constexpr(-1e30)  # a finite "minus infinity": differences of two of them are 0, not NaN
 
@@ -174,7 +175,7 @@ def launch_step(
     """Launches one step for every sequence; state and caches change in place. Returns out_BHK."""
     batch, heads, channels = q_BHK.shape
     slots, (dilation, window, initial) = k_cache_BHSK.shape[2], pattern
-    tile, warps, stages = TILE
+    tile, warps, stages = next(tile for limit, tile in TILES if slots <= limit)
     splits = max(1, min(PROGRAMS // (batch * heads), triton.cdiv(slots, 2 * tile), 64))
     out_BHK = torch.empty(q_BHK.shape, dtype=q_BHK.dtype, device=q_BHK.device)
     parts = out_BHK

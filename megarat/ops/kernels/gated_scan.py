@@ -61,11 +61,16 @@ def _in_front(decay_SC, k_SC, v_SC, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _await(link_C, R, stream):
+def _await(link_C, R, stream, BH: tl.constexpr):
     """The four (C,) vectors of a link, polled until no entry is EMPTY; volatile loads read the L2, never a stale L1 line."""
     k_ptr, v_ptr = link_C.to(tl.pointer_type(tl.int32)), (link_C + stream).to(tl.pointer_type(tl.int32))
     k1, k2, v1, v2 = _peek(k_ptr, v_ptr, R)
     while tl.max(((k1 == EMPTY) | (k2 == EMPTY) | (v1 == EMPTY) | (v2 == EMPTY)).to(tl.int32), axis=0) > 0:
+        k1, k2, v1, v2 = _peek(k_ptr, v_ptr, R)
+    if BH > 32:
+        # More channels than a warp has lanes: several warps hold copies of a channel and may have polled at different times, and the
+        # maximum knows one copy only. Some warp has seen every entry written, so now all do.
+        tl.debug_barrier()
         k1, k2, v1, v2 = _peek(k_ptr, v_ptr, R)
     return (
         k1.to(tl.float32, bitcast=True), k2.to(tl.float32, bitcast=True),
@@ -213,7 +218,7 @@ def _forward_kernel(
     front2, s_k2, s_v2 = _in_front(decay2, end_k2, end_v2, False)
 
     if block > 0:
-        in_k1, in_k2, in_v1, in_v2 = _await(link - 2 * stream, R, stream)
+        in_k1, in_k2, in_v1, in_v2 = _await(link - 2 * stream, R, stream, BH)
     else:
         in_k1, in_k2, in_v1, in_v2 = _first_link(start_k_ptr + column + c_C, start_v_ptr + column + c_C, R, HAS_START, BH)
     s_k1, s_k2 = front1 * in_k1[None, :] + s_k1, front2 * in_k2[None, :] + s_k2
@@ -349,7 +354,7 @@ def _backward_kernel(
     behind1, p_k1, p_v1 = _in_front(decay1, end_k1, end_v1, True)
     behind2, p_k2, p_v2 = _in_front(decay2, end_k2, end_v2, True)
     if block < blocks - 1:
-        from_k1, from_k2, from_v1, from_v2 = _await(link + 2 * stream, R, stream)
+        from_k1, from_k2, from_v1, from_v2 = _await(link + 2 * stream, R, stream, BH)
     else:
         from_k1, from_k2, from_v1, from_v2 = _first_link(dlast_k_ptr + column, dlast_v_ptr + column, R, HAS_LAST, BH)
     p_k1, p_k2 = behind1 * from_k1[None, :] + p_k1, behind2 * from_k2[None, :] + p_k2
