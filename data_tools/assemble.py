@@ -105,7 +105,8 @@ def make_stream(side: str, parts: PartFolder, records: list[PartRecord], team: T
 
 def _find_duplicates(side: str, parts: PartFolder, count: int, team: Team) -> IntArray:
     """Numbers of the documents whose text occurred before, sorted. Ranks look through different digests."""
-    found = [_bucket_duplicates(side, parts, count, bucket) for bucket in range(team.rank, _BUCKETS, team.size)]
+    buckets = range(team.rank, _BUCKETS, team.size)
+    found = team.together(lambda: [_bucket_duplicates(side, parts, count, bucket) for bucket in buckets])
     everyones = team.gather(np.concatenate([np.empty(0, np.int64), *found]))
     return np.sort(np.concatenate(everyones))
 

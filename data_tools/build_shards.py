@@ -77,15 +77,18 @@ def build(
         Interrupted: a signal asked to stop. In both cases finished parts stay, and nothing else does.
     """
     team = team or Team()
-    job = team.together(lambda: _prepare(inputs, tokenizer, Path(output), options, workers or team.cores(), team))
-    if team.together(lambda: _is_finished(job)):
-        return _read_result(job.output, built=False)
-    with team.listening(), _staging_folder(job, team) as staging:
-        parts = team.together(lambda: plan_parts(job.sources, job.hashes, job.tokenizer, options, part_bytes))
-        folder = PartFolder(staging / "parts", token_dtype(job.tokenizer.vocab_size), with_digests=options.deduplicate)
-        team.together(lambda: _tokenise_parts(job, folder, parts, team, progress and team.rank == 0))
-        corpus = _assemble(job, staging, folder, parts, team)
-        team.together(lambda: _publish(corpus, job.output) if team.rank == 0 else None)
+    workers = workers or team.cores()
+    with team.listening():
+        opened, sources = team.together(lambda: (load_tokenizer(tokenizer), find_sources(inputs)))
+        job = _Job(sources, _hash_inputs(sources, workers, team), opened, Path(output), options, workers)
+        if team.together(lambda: _is_finished(job)):
+            return _read_result(job.output, built=False)
+        with _staging_folder(job, team) as staging:
+            parts = team.together(lambda: plan_parts(sources, job.hashes, opened, options, part_bytes))
+            folder = PartFolder(staging / "parts", token_dtype(opened.vocab_size), with_digests=options.deduplicate)
+            team.together(lambda: _tokenise_parts(job, folder, parts, team, progress and team.rank == 0))
+            corpus = _assemble(job, staging, folder, parts, team)
+            team.together(lambda: _publish(corpus, job.output) if team.rank == 0 else None)
     return _read_result(job.output, built=True)
 
 
@@ -109,20 +112,15 @@ class _Job(NamedTuple):
         return {"inputs": inputs, "options": asdict(self.options)}
 
 
-def _prepare(
-    inputs: Iterable[str | Path], tokenizer: str | Path, output: Path, options: Options, workers: int, team: Team
-) -> _Job:
-    """Finds the inputs and hashes them, each rank its share. Hashing runs in threads, since it releases the interpreter."""
-    opened = load_tokenizer(tokenizer)
-    if options.block_tokens < 1 or options.shard_tokens < 1 or options.shard_tokens % options.block_tokens:
-        raise UserError(
-            f"shard tokens ({options.shard_tokens}) must be a positive multiple of block tokens ({options.block_tokens})"
-        )
-    sources = find_sources(inputs)
-    with ThreadPoolExecutor(workers) as pool:
-        own = list(pool.map(lambda source: _hash_input(source, team), sources[team.rank :: team.size]))
-    by_rank = team.gather(own)
-    return _Job(sources, [by_rank[n % team.size][n // team.size] for n in range(len(sources))], opened, output, options, workers)
+def _hash_inputs(sources: list[Source], workers: int, team: Team) -> list[str]:
+    """SHA-256 of every input file; each rank hashes its share, in threads, since hashing releases the interpreter."""
+
+    def hash_own() -> list[str]:
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(lambda source: _hash_input(source, team), sources[team.rank :: team.size]))
+
+    by_rank = team.gather(team.together(hash_own))
+    return [by_rank[n % team.size][n // team.size] for n in range(len(sources))]
 
 
 def _hash_input(source: Source, team: Team) -> str:
@@ -367,7 +365,7 @@ def _report(result: Result, output: Path, options: Options) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. Under mpirun or srun rank 0 speaks for all."""
     given = _parser().parse_args(arguments)
-    rank = 0
+    team = Team()
     try:
         options = Options(**{field.name: getattr(given, field.name) for field in fields(Options)})
         if given.workers is not None and given.workers < 1:
@@ -375,7 +373,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.part_bytes < 1:
             raise UserError(f"--part-bytes is {given.part_bytes}, expected at least 1")
         team = find_team()
-        rank = team.rank
         result = build(
             given.inputs,
             given.tokenizer,
@@ -385,12 +382,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             part_bytes=given.part_bytes,
             team=team,
         )
-        if rank == 0:
+        if team.rank == 0:
             _report(result, given.output, options)
     except UserError as error:
-        return _end(rank, f"error: {error}", EXIT_BAD_INPUT)
+        return _end(team.rank, f"error: {error}", EXIT_BAD_INPUT)
     except (Interrupted, KeyboardInterrupt):
-        return _end(rank, "interrupted; finished parts are kept: the same command goes on from them", EXIT_STOPPED)
+        return _end(team.rank, "interrupted; finished parts are kept: the same command goes on from them", EXIT_STOPPED)
+    except Exception:
+        team.abort()
+        raise
     return EXIT_OK
 
 

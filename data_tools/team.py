@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +67,15 @@ class Team:
         for kind in (UserError, Interrupted):
             if found := next((e for e in errors if isinstance(e, kind)), None):
                 raise found
+        if error is not None:
+            raise Interrupted("stopped")
         return result  # type: ignore[return-value]
+
+    def abort(self) -> None:
+        """After an error that is nobody's input: ends the other ranks, which would wait for this one for ever."""
+        if self.size > 1:
+            traceback.print_exc()
+            self._communicator.Abort(1)
 
     def watch(self, stop_file: Path) -> None:
         """From now on `check` also looks for a file, on the file system the ranks share, that stops all of them."""

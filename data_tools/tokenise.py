@@ -56,6 +56,10 @@ class Options:
         for name, value, allowed in (("txt-split", self.txt_split, TXT_SPLITS), ("bad-lines", self.bad_lines, BAD_LINES)):
             if value not in allowed:
                 raise UserError(f"--{name} is {value!r}, expected one of {', '.join(allowed)}")
+        if self.block_tokens < 1 or self.shard_tokens < 1 or self.shard_tokens % self.block_tokens:
+            raise UserError(
+                f"shard tokens ({self.shard_tokens}) must be a positive multiple of block tokens ({self.block_tokens})"
+            )
 
 
 class Documents(NamedTuple):
