@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data_tools.assemble import ShardFolder, make_stream
 from data_tools.parts import PART_BYTES, Part, PartFolder, PartRecord, chunks_of, plan_parts
 from data_tools.sources import TXT_SPLITS, Source, find_sources
-from data_tools.team import Interrupted, Team, find_team
+from data_tools.team import Interrupted, Team, find_team, launched_rank
 from data_tools.tokenise import BAD_LINES, SIDES, Options, tokenise
 from megarat.data.format import INDEX_NAME, Index, Shard, file_sha256, named_errors, sync_folder, token_dtype
 from megarat.data.tokenizer import Tokenizer, load_tokenizer
@@ -385,17 +385,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if team.rank == 0:
             _report(result, given.output, options)
     except UserError as error:
-        return _end(team.rank, f"error: {error}", EXIT_BAD_INPUT)
+        return _end(f"error: {error}", EXIT_BAD_INPUT)
     except (Interrupted, KeyboardInterrupt):
-        return _end(team.rank, "interrupted; finished parts are kept: the same command goes on from them", EXIT_STOPPED)
+        return _end("interrupted; finished parts are kept: the same command goes on from them", EXIT_STOPPED)
     except Exception:
         team.abort()
         raise
     return EXIT_OK
 
 
-def _end(rank: int, message: str, code: int) -> int:
-    if rank == 0:
+def _end(message: str, code: int) -> int:
+    if launched_rank() == 0:
         print(message, file=sys.stderr)
     return code
 

@@ -14,7 +14,8 @@ from megarat.errors import UserError
 
 T = TypeVar("T")
 
-# What tells a process that it was started with others: (variable with their number, launcher).
+# What tells a process that it was started with others: its number, and (their number, launcher).
+_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _LAUNCHERS = (("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpirun"), ("SLURM_STEP_NUM_TASKS", "srun"))
 
 
@@ -104,6 +105,11 @@ class Team:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def launched_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """The rank the launcher gave this process, known before MPI is: the first is the one to print."""
+    return next((int(environment[name]) for name in _RANKS if name in environment), 0)
 
 
 def find_team(environment: Mapping[str, str] = os.environ) -> Team:

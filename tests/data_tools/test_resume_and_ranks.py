@@ -23,7 +23,7 @@ from data_tools import assemble, sources
 from data_tools.build_shards import Result, build
 from data_tools.inspect_shards import documents
 from data_tools.sources import Source, find_stretches, read_chunks
-from data_tools.team import Interrupted, Team, find_team
+from data_tools.team import Interrupted, Team, find_team, launched_rank
 from data_tools.tokenise import Options
 from megarat.data import format as shard_format
 from megarat.data.format import Index
@@ -157,6 +157,7 @@ def test_processes_that_do_not_find_each_other_are_refused() -> None:
     with pytest.raises(UserError, match=r"srun started 4 processes, but MPI sees 1: .*--mpi=pmix"):
         find_team({"SLURM_STEP_NUM_TASKS": "4"})
     assert find_team({"SLURM_STEP_NUM_TASKS": "1"}).size == find_team({}).size == 1
+    assert launched_rank({"SLURM_PROCID": "3"}) == 3 and launched_rank({}) == 0
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
