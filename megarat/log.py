@@ -45,6 +45,7 @@ class RunLog:
     def __init__(self, run_dir: Path, config: Config, first_pair: int, enabled: bool = True) -> None:
         """Continue the records of ``run_dir`` after ``first_pair`` pairs; what was recorded beyond them is dropped."""
         self._every = config.log.every
+        self._checkpoint_every = config.checkpoint.every
         self._total = config.train.pairs
         self._enabled = enabled
         self._bar: tqdm[Any] = tqdm(
@@ -86,6 +87,8 @@ class RunLog:
             for key, tag in _TENSORBOARD_TAGS.items():
                 if metrics.get(key) is not None:
                     self._tensorboard.add_scalar(tag, metrics[key], metrics["pair"])
+            if metrics["pair"] % self._checkpoint_every == 0:
+                self._tensorboard.flush()  # what a killed run resumes after must be on the disk: later points are purged, not these
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
