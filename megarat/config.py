@@ -100,7 +100,12 @@ class DataConfig:
     documents: Literal["packed", "separate"] = setting(
         "packed", "`packed`: attention and recurrence run on over the ends of documents, as published; `separate`: they do not."
     )
+    limit_tokens: int = setting(0, "Train on the first so many tokens of each corpus only; 0 = all of them.")
     max_epochs: float = setting(0.0, "Refuse to train for more epochs of any corpus than this; 0 = no limit.")
+    validation: str = setting(
+        "", "Corpus whose held-out side `megarat eval` scores; empty = the one of `data.shards`, of a blend the first."
+    )
+    validation_tokens: int = setting(0, "Tokens of it that are scored; 0 = all.")
     cache: str = setting("", "Folder for what is fetched of remote corpora; empty = megarat in the user's cache folder.")
     cache_gb: float = setting(20.0, "Bound of that folder, in 10^9 bytes.")
     prefetch: int = setting(2, "Global batches read ahead of the step.")
@@ -274,7 +279,10 @@ _POSITIVE = (
     "train.micro_batch train.max_skipped optim.lr optim.eps "
     "parallel.tensor parallel.pipeline parallel.context checkpoint.every checkpoint.keep log.every"
 ).split()
-_NOT_NEGATIVE = "data.max_epochs optim.min_lr optim.warmup optim.weight_decay optim.clip checkpoint.keep_every train.wall_clock_minutes train.seed".split()
+_NOT_NEGATIVE = (
+    "data.limit_tokens data.max_epochs data.validation_tokens optim.min_lr optim.warmup optim.weight_decay optim.clip "
+    "checkpoint.keep_every train.wall_clock_minutes train.seed"
+).split()
 
 
 def _validate_shape(model: ModelConfig, source: str) -> None:

@@ -16,7 +16,7 @@ from megarat.errors import UserError
 
 @dataclass(frozen=True)
 class Part:
-    """One corpus of a run: where it lies and the tokens of its training side."""
+    """One corpus of a run: where it lies and how many tokens of its training side are used."""
 
     location: str
     num_tokens: int
@@ -48,13 +48,17 @@ def open_corpus(config: Config) -> Corpus:
     for reader in readers:
         check_vocabulary(reader.index, config.model.vocab)
         check_tokenizer_file(reader.index)
-    plans = [_plan(data, reader.num_tokens, config.train.seed + number) for number, reader in enumerate(readers)]
-    parts = tuple(Part(reader.index.location, reader.num_tokens) for reader in readers)
+    parts = tuple(Part(reader.index.location, _used_tokens(data, reader)) for reader in readers)
+    plans = [_plan(data, part.num_tokens, config.train.seed + number) for number, part in enumerate(parts)]
     if len(readers) == 1:
         return Corpus(readers[0], plans[0], parts)
     shares = list(weights.values())
     plan = BlendPlan(plans, [reader.num_tokens for reader in readers], shares)
     return Corpus(BlendReader(readers, shares), plan, parts)
+
+
+def _used_tokens(data: DataConfig, reader: TokenReader) -> int:
+    return min(reader.num_tokens, data.limit_tokens or reader.num_tokens)
 
 
 def _cache(data: DataConfig) -> Cache:

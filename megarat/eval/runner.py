@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,10 @@ def evaluate(checkpoint: str | Path, settings: EvalSettings) -> dict[str, Any]:
     length = settings.sequence_length or state.config.data.sequence_length
     rows: dict[str, Sequence[PatternScore | NeedleScore | HarnessScore]] = {}
     if "ppl" in tasks:
-        rows["ppl"] = _perplexity(model, readings, settings.shards or state.config.data.primary, length, settings)
+        data = state.config.data
+        shards = settings.shards or data.validation or data.primary
+        settings = replace(settings, limit_tokens=settings.limit_tokens or data.validation_tokens or None)
+        rows["ppl"] = _perplexity(model, readings, shards, length, settings)
     if "needle" in tasks:
         rows["needle"] = _needle(model, readings, tasks["needle"], length, settings)
     if "harness" in tasks:

@@ -35,7 +35,7 @@ CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 # ``data.shards`` may move; that its content is the same is checked by the hash of its index.
 _FREE_KEYS = frozenset(
     (
-        "run.dir run.device data.shards data.max_epochs data.cache data.cache_gb data.prefetch "
+        "run.dir run.device data.shards data.max_epochs data.validation data.validation_tokens data.cache data.cache_gb data.prefetch "
         "train.pairs train.micro_batch train.wall_clock_minutes train.max_skipped"
     ).split()
 )

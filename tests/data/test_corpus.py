@@ -99,6 +99,18 @@ def test_corpora_of_different_tokenizers_do_not_blend(two: tuple[str, str]) -> N
         open_corpus(config_of({two[0]: 1, two[1]: 1}))
 
 
+def test_a_limit_in_tokens_keeps_the_rest_of_every_corpus_out(two: tuple[str, str]) -> None:
+    limit = 100
+    corpus = open_corpus(config_of({two[0]: 1, two[1]: 1}, limit_tokens=limit))
+    assert [part.num_tokens for part in corpus.parts] == [limit, limit]
+    whole = open_corpus(config_of({two[0]: 1, two[1]: 1}))
+    second = whole.parts[0].num_tokens  # where the second corpus begins in the address space
+    starts = np.unique(corpus.plan.starts(np.arange(200))).tolist()
+    assert starts == [*range(0, limit - T, T), *range(second, second + limit - T, T)]
+    with pytest.raises(UserError, match="corpus of 10 tokens is shorter than one sequence"):
+        open_corpus(config_of(two[0], limit_tokens=10))
+
+
 def test_another_tokenizer_beside_the_shards_than_theirs_is_refused(two: tuple[str, str]) -> None:
     (Path(two[0]) / "tokenizer").mkdir()
     (Path(two[0]) / "tokenizer" / "test.model").write_text("another")

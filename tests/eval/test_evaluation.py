@@ -77,6 +77,17 @@ def results(checkpoint, shards) -> dict:
     return evaluate(checkpoint, settings(shards))
 
 
+def test_the_runs_config_says_what_is_scored_and_how_much_of_it(results, checkpoint, shards, monkeypatch):
+    from megarat.eval import runner
+
+    state = runner.checkpoints.load_state(megarat.load(checkpoint, device="cpu").checkpoint)
+    state.config.data.validation, state.config.data.validation_tokens = str(shards), 3 * LENGTH
+    monkeypatch.setattr(runner.checkpoints, "load_state", lambda folder: state)
+    scored = evaluate(checkpoint, settings(shards, shards=None))["tasks"]["ppl"]
+    assert scored == evaluate(checkpoint, settings(shards, limit_tokens=3 * LENGTH))["tasks"]["ppl"]
+    assert scored != results["tasks"]["ppl"]
+
+
 def test_losses_equal_a_loop_over_the_stream(results, checkpoint, stream):
     for row, pattern in zip(results["tasks"]["ppl"], PATTERNS, strict=True):
         loss, tokens = mean_loss(checkpoint, stream, pattern, sequences=12)
