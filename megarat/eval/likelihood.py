@@ -7,21 +7,19 @@ Shapes: B requests of a batch, T tokens, C width, N scored tokens of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from megarat.data.tokenizer import Tokenizer
 from megarat.errors import UserError
+from megarat.infer.engine import Engine, Request
 from megarat.infer.forward import hidden
-from megarat.infer.generate import generate
+from megarat.infer.generate import GREEDY
 from megarat.infer.reading import Reading
 from megarat.model.lm import RATPlusLM
-
-Item = TypeVar("Item")
 
 
 class Continuation(NamedTuple):
@@ -36,9 +34,6 @@ class Likelihood(NamedTuple):
 
     total: float
     greedy: bool
-
-
-Answer = TypeVar("Answer", Likelihood, str)
 
 
 class Scorer:
@@ -66,28 +61,20 @@ class Scorer:
     def until(self, prompts: Sequence[tuple[str, Sequence[str], int]]) -> list[str]:
         """Greedy continuations of (prompt, stops, tokens at most): up to EOS or the first stop string, which is left out."""
 
-        def answers(chunk: list[tuple[str, Sequence[str], int]]) -> list[str]:
-            longest = max(tokens for _, _, tokens in chunk)
-            rows = [
-                ids[-max(1, self._max_length - longest) :] or [self._tokenizer.eos_id]
-                for ids in self._tokenizer.encode([prompt for prompt, _, _ in chunk])
-            ]
-            ids_BT, real_BT = self._pad(rows)
-            tokens_BN = generate(
-                self._model,
-                ids_BT,
-                longest,
-                self._reading,
-                attention_mask_BT=real_BT,
-                stop_id=self._tokenizer.eos_id,
-                vocabulary=self._tokenizer.vocab_size,
+        encoded = self._tokenizer.encode([prompt for prompt, _, _ in prompts])
+        requests = [
+            Request(
+                ids[-max(1, self._max_length - tokens) :] or [self._tokenizer.eos_id],
+                tokens,
+                GREEDY,
+                (self._tokenizer.eos_id,),
+                tuple(stops),
             )
-            return [
-                _cut(self._tokenizer.decode(_before(row[:limit], self._tokenizer.eos_id)), stops)
-                for row, (_, stops, limit) in zip(tokens_BN.tolist(), chunk, strict=True)
-            ]
-
-        return self._in_batches(list(prompts), lambda prompt: (prompt[2], len(prompt[0])), answers)
+            for ids, (_, stops, tokens) in zip(encoded, prompts, strict=True)
+        ]
+        capacity = max(len(request.ids) + request.max_new_tokens for request in requests)
+        engine = Engine(self._model, self._reading, self._tokenizer, rows=min(self._batch, len(requests)), capacity=capacity)
+        return [generation.text for generation in engine.run(requests, self.on_answers)]
 
     def _split(self, context: str, continuation: str) -> Continuation:
         """Token ids of both, cut where the context's own tokens end; spaces at the end of the context belong to the continuation."""
@@ -105,27 +92,24 @@ class Scorer:
             yield Continuation(stream[max(0, end - 1 - self._max_length) : first], stream[first:end])
 
     def _score(self, requests: list[Continuation]) -> list[Likelihood]:
-        return self._in_batches(requests, lambda request: len(request.context) + len(request.scored), self._score_batch)
-
-    def _in_batches(
-        self, items: list[Item], size: Callable[[Item], object], run: Callable[[list[Item]], list[Answer]]
-    ) -> list[Answer]:
-        """``run`` over batches of items of similar size, largest first; answers in the order of the items."""
-        order = sorted(range(len(items)), key=lambda index: size(items[index]), reverse=True)  # type: ignore[arg-type,return-value]
-        answers: dict[int, Answer] = {}
+        """In batches of similar length, longest first; scores in the order of the requests."""
+        order = sorted(range(len(requests)), key=lambda index: -len(requests[index].context) - len(requests[index].scored))
+        scores: dict[int, Likelihood] = {}
         for first in range(0, len(order), self._batch):
             chunk = order[first : first + self._batch]
-            answers.update(zip(chunk, run([items[index] for index in chunk]), strict=True))
+            scores.update(zip(chunk, self._score_batch([requests[index] for index in chunk]), strict=True))
             self.on_answers(len(chunk))
-        return [answers[index] for index in range(len(items))]
+        return [scores[index] for index in range(len(requests))]
 
     @torch.no_grad()
     def _score_batch(self, requests: list[Continuation]) -> list[Likelihood]:
         """Only the scored positions meet the vocabulary."""
         rows = [(context + scored)[-(self._max_length + 1) :] for context, scored in requests]
         counts = [min(len(scored), len(row) - 1) for (_, scored), row in zip(requests, rows, strict=True)]
-        ids_BT, _ = self._pad([row[:-1] for row in rows])
-        hidden_BTC = hidden(self._model, ids_BT, self._reading)
+        ids_BT = pad_sequence(
+            [torch.tensor(row[:-1]) for row in rows], batch_first=True
+        )  # what lies behind a token never touches it
+        hidden_BTC = hidden(self._model, ids_BT.to(self._model.embedding.weight.device), self._reading)
         hidden_NC = torch.cat(
             [
                 hidden_BTC[index, len(row) - 1 - count : len(row) - 1]
@@ -141,20 +125,3 @@ class Scorer:
             Likelihood(float(chosen.double().sum()), bool(greedy.all()))
             for chosen, greedy in zip(chosen_N.split(counts), greedy_N.split(counts), strict=True)
         ]
-
-    def _pad(self, rows: Iterable[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Rows of ids padded on the right, and which of them are real; causal models need no mask to score the real ones."""
-        tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
-        ids_BT = pad_sequence(tensors, batch_first=True)
-        lengths_B = torch.tensor([len(row) for row in tensors])
-        device = self._model.embedding.weight.device
-        return ids_BT.to(device), (torch.arange(ids_BT.shape[1]) < lengths_B[:, None]).to(device)
-
-
-def _before(ids: list[int], stop_id: int) -> list[int]:
-    return ids[: ids.index(stop_id)] if stop_id in ids else ids
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the first occurrence of any stop."""
-    return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]

@@ -1,24 +1,17 @@
-"""Accuracy of one checkpoint on the needle tasks under several patterns: prompts of unequal length, greedy answers from the sparse cache.
-
-Shapes: B prompts of a batch, T tokens of the longest.
-"""
+"""Accuracy of one checkpoint on the needle tasks under several patterns: prompts of unequal length, greedy answers from the sparse cache."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from megarat.data.tokenizer import Tokenizer
 from megarat.errors import UserError
 from megarat.eval.needle import ANSWER_TOKENS, NeedleMaker, Sample, ruler_score, set_score
 from megarat.infer.cache import cache_bytes
-from megarat.infer.generate import generate
+from megarat.infer.engine import Engine, Request
 from megarat.infer.reading import Reading
 from megarat.model.lm import RATPlusLM
 
@@ -65,19 +58,17 @@ def score_needle(
     prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
     batch: int,
-    on_batch: Callable[[int], object] = lambda _: None,
+    on_answers: Callable[[int], object] = lambda _: None,
 ) -> list[NeedleScore]:
-    """One row a pattern, all on the same prompts, ``batch`` at a time; ``on_batch`` hears how many were answered."""
+    """One row a reading, all on the same prompts, ``batch`` at a time; ``on_answers`` hears how many have just been answered."""
     longest = max(len(prompt.ids) for prompt in prompts)
     rows = []
     for reading in readings:
         start = time.perf_counter()
         ruler = exact = 0.0
-        for chunk in _batches(prompts, batch):
-            for prompt, text in zip(chunk, answer(model, reading, chunk, tokenizer), strict=True):
-                ruler += ruler_score(text, prompt.sample.answers)
-                exact += set_score(text, prompt.sample.answers)
-            on_batch(len(chunk))
+        for prompt, text in zip(prompts, answer(model, reading, prompts, tokenizer, batch, on_answers), strict=True):
+            ruler += ruler_score(text, prompt.sample.answers)
+            exact += set_score(text, prompt.sample.answers)
         rows.append(
             NeedleScore(
                 pattern=str(reading),
@@ -93,30 +84,16 @@ def score_needle(
     return rows
 
 
-def answer(model: RATPlusLM, reading: Reading, prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[str]:
-    """The greedy answers, up to EOS or ``ANSWER_TOKENS`` tokens."""
-    device = model.embedding.weight.device
-    ids_BT = pad_sequence([torch.tensor(prompt.ids) for prompt in prompts], batch_first=True).to(device)
-    lengths_B = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
-    tokens_BN = generate(
-        model,
-        ids_BT,
-        ANSWER_TOKENS,
-        reading,
-        attention_mask_BT=torch.arange(ids_BT.shape[1], device=device) < lengths_B[:, None],
-        stop_id=tokenizer.eos_id,
-        vocabulary=tokenizer.vocab_size,
-    )
-    return [tokenizer.decode(_until(tokenizer.eos_id, row)) for row in tokens_BN]
-
-
-def _until(eos_id: int, row_N: Tensor) -> list[int]:
-    ids = row_N.tolist()
-    return ids[: ids.index(eos_id)] if eos_id in ids else ids
-
-
-def _batches(prompts: Sequence[Prompt], batch: int) -> Iterator[list[Prompt]]:
-    """Neighbours in length share a batch, so that little of it is padding; longest first, to meet a lack of memory at once."""
-    by_length = sorted(prompts, key=lambda prompt: -len(prompt.ids))
-    for first in range(0, len(by_length), batch):
-        yield by_length[first : first + batch]
+def answer(
+    model: RATPlusLM,
+    reading: Reading,
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    batch: int,
+    on_answers: Callable[[int], object] = lambda _: None,
+) -> list[str]:
+    """The greedy answers, up to EOS or ``ANSWER_TOKENS`` tokens, ``batch`` at a time."""
+    capacity = max(len(prompt.ids) for prompt in prompts) + ANSWER_TOKENS
+    engine = Engine(model, reading, tokenizer, rows=min(batch, len(prompts)), capacity=capacity)
+    requests = [Request(prompt.ids, ANSWER_TOKENS, stop_ids=(tokenizer.eos_id,)) for prompt in prompts]
+    return [generation.text for generation in engine.run(requests, on_answers)]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megarat.config import ModelConfig
+from megarat.infer.memory import check_fits
 from megarat.infer.reading import Reading
 from megarat.infer.topk import TopK, topk_attention
 from megarat.model.lm import RATPlusLM
@@ -96,7 +97,8 @@ class GroupCache:
 class SparseCache:
     """All layers' slots and states for a batch of sequences of at most ``capacity`` tokens.
 
-    ``lengths_B`` (int64, on the device) counts the tokens each sequence already has.
+    ``lengths_B`` (int64, on the device) counts the tokens each sequence already has. Raises ``UserError`` where they do not fit into the
+    device's memory, before anything is taken.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class SparseCache:
         device: torch.device | str,
     ) -> None:
         reading = reading if isinstance(reading, Reading) else Reading(reading)
+        check_fits(batch, cache_bytes(config, reading, capacity, dtype), capacity, device)
         self.reading = reading
         self.capacity = capacity
         self.lengths_B = torch.zeros(batch, dtype=torch.int64, device=device)

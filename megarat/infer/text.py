@@ -34,18 +34,14 @@ def print_continuation(
     model = load(checkpoint, pattern, device, dtype)
     text = find_tokenizer(model, tokenizer)
     prompt_length = len(encode_prompt(model, text, prompt))
-    print(describe_model(model), file=sys.stderr)
+    length = prompt_length + max_new_tokens
+    print(f"{describe_model(model)}; cache for {length} tokens: {model.cache_bytes(length) / 2**20:.2f} MiB", file=sys.stderr)
     print(prompt, end="", flush=True)
     start = time.perf_counter()
     tokens = continue_text(model, text, prompt, max_new_tokens, sampling, sys.stdout)
     seconds = time.perf_counter() - start
     print()
-    length = prompt_length + tokens
-    print(
-        f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s); "
-        f"cache for {length} tokens: {model.cache_bytes(length) / 2**20:.2f} MiB",
-        file=sys.stderr,
-    )
+    print(f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s)", file=sys.stderr)
 
 
 def continue_text(

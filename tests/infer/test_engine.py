@@ -1,0 +1,181 @@
+"""Continuous batching against one request at a time; ends, seeds, cancelling, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megarat.config import ModelConfig
+from megarat.errors import UserError
+from megarat.infer import engine as engine_module
+from megarat.infer import memory
+from megarat.infer.cache import SparseCache, cache_bytes
+from megarat.infer.engine import Engine, Request
+from megarat.infer.generate import GREEDY, Sampling, generate
+from megarat.infer.reading import read_as
+from megarat.model.lm import RATPlusLM
+
+SHAPE = ModelConfig(layers=2, hidden=16, heads=2, vocab=140, init_std=0.5)
+READINGS = ["dense", "D=4,W=3,I=1", "D=-1 + topk blocks=3,size=4"]
+
+
+class Bytes:
+    """A tokenizer whose ids are the bytes of ASCII; the model has more rows than it has entries. 0 is EOS."""
+
+    eos_id, vocab_size, file = 0, 128, Path("bytes")
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+class Utf8(Bytes):
+    vocab_size = 256
+
+
+@pytest.fixture(scope="module")
+def model() -> RATPlusLM:
+    return RATPlusLM(SHAPE).double().initialise(5)
+
+
+def engine(model, spec="D=4,W=3,I=1", rows=2, capacity=64) -> Engine:
+    return Engine(model, read_as(spec, SHAPE), Bytes(), rows=rows, capacity=capacity)
+
+
+def alone(model, request: Request, spec="D=4,W=3,I=1") -> list[int]:
+    """What `generate` makes of one prompt."""
+    ids = torch.tensor([request.ids])
+    made = generate(
+        model, ids, request.max_new_tokens, read_as(spec, SHAPE), sampling=request.sampling, vocabulary=Bytes.vocab_size
+    )
+    return made[0].tolist()
+
+
+def requests() -> list[Request]:
+    """Prompts and lengths that share two rows in every possible way, greedy and sampled."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for index, (prompt, new) in enumerate([(5, 9), (17, 2), (1, 20), (30, 1), (8, 12), (3, 3), (12, 7)]):
+        sampling = [GREEDY, Sampling(0.8, 0.9, 1.1, seed=index), Sampling(repetition_penalty=1.5)][index % 3]
+        made.append(Request(torch.randint(1, 128, (prompt,), generator=generator).tolist(), new, sampling))
+    return made
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("spec", READINGS)
+def test_requests_that_share_a_batch_get_what_each_gets_alone(model, spec, rows):
+    done = []
+    generations = engine(model, spec, rows).run(requests(), done.append)
+    assert [generation.ids for generation in generations] == [alone(model, request, spec) for request in requests()]
+    assert {generation.finish for generation in generations} == {"length"} and sum(done) == 7
+    assert all(generation.text == Bytes().decode(generation.ids) for generation in generations)
+
+
+def test_prompts_are_read_in_chunks(model, monkeypatch):
+    monkeypatch.setattr(engine_module, "_PREFILL_CHUNK", 4)
+    generations = engine(model).run(requests())
+    assert [generation.ids for generation in generations] == [alone(model, request) for request in requests()]
+
+
+def test_the_same_seed_gives_the_same_text_in_any_company_and_another_another(model):
+    prompt, hot = [65, 66, 67], Sampling(temperature=2.0, seed=4)
+    first = engine(model).run([Request(prompt, 16, hot)])[0].ids
+    crowd = engine(model, rows=3).run(
+        [*requests(), Request(prompt, 16, hot), Request(prompt, 16, Sampling(temperature=2.0, seed=5))]
+    )
+    assert crowd[-2].ids == first != crowd[-1].ids
+
+
+def test_any_of_several_stop_ids_ends_a_generation_and_is_left_out(model):
+    free = alone(model, Request([65], 20))
+    stops = (free[7], free[4])
+    [generation] = engine(model).run([Request([65], 20, stop_ids=stops)])
+    end = min(free.index(stop) for stop in stops)
+    assert (generation.ids, generation.finish) == (free[:end], "stop")
+
+
+def test_text_stops_before_a_stop_string_and_never_shows_part_of_it(model):
+    free = Bytes().decode(alone(model, Request([65], 20)))
+    stop = free[6:9]
+    running = engine(model)
+    generation = running.submit(Request([65], 20, stops=("never there", stop)))
+    shown = []
+    while running.busy:
+        running.step()
+        shown.append(generation.text)
+    end = free.index(stop)
+    assert (generation.text, generation.finish) == (free[:end], "stop")
+    assert all(free[:end].startswith(text) for text in shown) and shown == sorted(shown, key=len)
+
+
+def test_half_a_character_is_not_shown():
+    generation = engine_module.Generation(Request([65], 3), [65])
+    shown = []
+    for byte in "é!".encode():
+        generation.add(byte, Utf8())
+        shown.append(generation.text)
+    assert shown == ["", "é", "é!"] and generation.finish == "length"
+
+
+def test_a_cancelled_request_frees_its_row_and_disturbs_nobody(model):
+    running = engine(model, rows=1)
+    first, second, third = (running.submit(request) for request in requests()[:3])
+    running.step()
+    running.step()
+    running.cancel(first)
+    running.cancel(second)
+    while running.busy:
+        running.step()
+    assert (first.finish, len(first.ids), second.finish, second.ids) == ("cancelled", 3, "cancelled", [])
+    assert third.ids == alone(model, requests()[2])
+    running.cancel(third)
+    assert third.finish == "length"
+
+
+def test_step_tells_who_went_on(model):
+    running = engine(model)
+    first, second = running.submit(Request([65], 2)), running.submit(Request([66, 67], 1))
+    assert running.step() == [first, second] and second.finish == "length"
+    third = running.submit(Request([68], 1))
+    assert running.step() == [third] or first.finish == "length"
+    assert not running.busy
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([], 4), "prompt: it is empty"),
+        (Request([1], 0), "max_new_tokens is 0"),
+        (Request([1] * 60, 5), "prompt: 60 tokens and 5 new ones are more than the 64 allowed together"),
+        (Request([1, 140], 5), "token ids outside the model's vocabulary of 140"),
+        (Request([-1], 5), "token ids outside"),
+    ],
+)
+def test_impossible_requests_are_refused_and_the_engine_goes_on(model, request_, message):
+    running = engine(model)
+    with pytest.raises(UserError) as error:
+        running.submit(request_)
+    assert message in str(error.value)
+    assert running.run([Request([65], 3)])[0].ids == alone(model, Request([65], 3))
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(model):
+    with pytest.raises(UserError, match="bytes: has 256 entries, but the model's vocabulary has 140"):
+        Engine(model, read_as("dense", SHAPE), Utf8(), rows=1, capacity=8)
+
+
+def test_what_does_not_fit_is_refused_with_the_largest_batch_that_does(monkeypatch):
+    each = cache_bytes(SHAPE, read_as("D=4", SHAPE), 1000, torch.float32)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(3.5 * each / 0.9) + 1)
+    SparseCache(SHAPE, read_as("D=4", SHAPE), 3, 1000, torch.float32, "cpu")
+    with pytest.raises(UserError, match=r"4 sequences of 1000 tokens need .* the largest batch that fits is 3"):
+        SparseCache(SHAPE, read_as("D=4", SHAPE), 4, 1000, torch.float32, "cpu")
+    with pytest.raises(UserError, match="not even one sequence fits"):
+        SparseCache(SHAPE, read_as("dense", SHAPE), 1, 1000, torch.float32, "cpu")
+
+
+def test_free_memory_is_what_the_system_says():
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
+    assert 2**20 < memory.free_bytes("cpu") <= total
