@@ -42,7 +42,7 @@ def report(base: Path, results: dict[Path, dict[str, Any] | None]) -> str:
         if not rows:
             missing.append(f"- `{folder.name}`: no results; see `megarat status {folder}`")
         for row in rows:
-            cache = f"{row['cache_bytes_per_sequence'] / 2**20:.2f} MiB"
+            cache = f"{row['cache_bytes_per_sequence'] / 1024:,.1f} KiB"
             lines.append(
                 f"| {row['pattern']} | {found['checkpoint']['pair']} | {row['loss']:.4f} | {row['perplexity']:.2f} | {cache} |"
             )
