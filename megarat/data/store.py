@@ -22,7 +22,7 @@ import urllib.request
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -409,16 +409,15 @@ class Cache:
         path = self._folder / key
         staging = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                written = _write_pieces(staging, pieces)
-                if written != size:
-                    raise ShortTransfer(f"{written} bytes came where the index says {size}")
-                os.replace(staging, path)
-            finally:
-                staging.unlink(missing_ok=True)
+            written = _write_pieces(staging, pieces)
+            if written != size:
+                raise ShortTransfer(f"{written} bytes came where the index says {size}")
+            os.replace(staging, path)
         except _DiskError as error:
             raise UserError(f"{path}: cannot be written into the cache: {error}; see data.cache and data.cache_gb") from None
+        finally:
+            with suppress(OSError):
+                staging.unlink()
         self._written += size
         return CachedFile(path)
 
@@ -441,15 +440,27 @@ class _DiskError(Exception):
 
 
 def _write_pieces(path: Path, pieces: Iterator[bytes]) -> int:
+    """Returns the bytes written. Errors of the disk are told from those of the transfer, which `pieces` raises."""
     written = 0
-    with open(path, "wb") as file:
+    with ExitStack() as stack:
+        with _disk_errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "wb", buffering=0))
         for piece in pieces:
-            try:
-                written += file.write(piece)
-                file.flush()
-            except OSError as error:
-                raise _DiskError(error.strerror) from None
+            rest = memoryview(piece)
+            while rest:  # a raw file may take less than it is given
+                with _disk_errors():
+                    rest = rest[file.write(rest) :]
+            written += len(piece)
     return written
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _DiskError(error.strerror) from None
 
 
 def default_cache_folder() -> Path:

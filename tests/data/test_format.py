@@ -52,6 +52,17 @@ def test_offsets_in_the_index_point_at_the_tokens(corpus: Corpus) -> None:
             assert np.array_equal(np.frombuffer(raw, "<u2", len(expected), offset), expected)
 
 
+def test_an_index_of_version_1_with_plain_offsets_is_read_the_same(corpus: Corpus) -> None:
+    new = Index.read(corpus.folder)
+    shards = json.loads((corpus.folder / "index.json").read_text())["shards"]
+    for entry, shard in zip(shards, new.shards, strict=True):
+        entry["offsets"] = shard.offsets.tolist()
+    change_index(corpus, version=1, shards=shards)
+    old = Index.read(corpus.folder)
+    for one, other in zip(new.shards, old.shards, strict=True):
+        assert np.array_equal(one.offsets, other.offsets) and np.array_equal(one.crc32, other.crc32)
+
+
 def test_webdataset_itself_reads_the_shards(corpus: Corpus) -> None:
     blocks = list(stream(corpus.folder))
     assert np.array_equal(np.concatenate([tokens for tokens, _ in blocks]), corpus.stream)

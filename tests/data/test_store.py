@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import http.server
 import io
@@ -197,6 +198,28 @@ def test_a_shard_cut_on_its_way_is_not_taken_for_whole(corpus: Corpus, cache: Ca
 def test_a_cache_too_small_for_one_block_is_refused(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"000000\.tar: \d+ bytes do not fit the cache of 100 bytes; raise data\.cache_gb"):
         TokenReader(f"pipe:cat {corpus.folder}/{{}}", Cache(tmp_path / "cache", 100)).read(0, 4)
+
+
+def test_a_cache_that_cannot_be_written_is_named_at_once(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "PAUSES", (1000.0,))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/.*000000\.tar: cannot be written into the cache: .*; see data\.cache"):
+        TokenReader(f"pipe:cat {corpus.folder}/{{}}", Cache(tmp_path / "file", 10**6)).read(0, 4)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store, "open", full, raising=False)
+    with pytest.raises(UserError, match="cannot be written into the cache: No space left on device"):
+        TokenReader(f"pipe:cat {corpus.folder}/{{}}", Cache(tmp_path / "cache", 10**6)).read(0, 4)
+
+
+def test_a_page_that_is_no_index_and_a_server_that_is_not_there_are_named(corpus: Corpus, server: Server, cache: Cache) -> None:
+    (corpus.folder / "index.json").write_text("<html>log in first</html>")
+    with pytest.raises(UserError, match=rf"{server.url}/index\.json: damaged, not JSON"):
+        TokenReader(server.url, cache)
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9/index\.json: cannot be fetched, tried 3 times; .*refused"):
+        TokenReader("http://127.0.0.1:9", cache)
 
 
 def test_folders_inside_a_location(tmp_path: Path) -> None:
