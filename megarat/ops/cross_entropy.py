@@ -137,6 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dlogits_nV = dlogits_nV.to(x_NC.dtype)
                 torch.mm(dlogits_nV, weight_VC, out=dx_NC[rows])
                 _accumulate_outer(dweight_VC, dlogits_nV, x_NC[rows], fresh=start == 0)
+            del dlogits_nV  # before the next chunk's logits are allocated
         if dx_NC is not None and dweight_VC is not None:
             ctx.save_for_backward(dx_NC, dweight_VC)
         ctx.weight_dtype = weight_VC.dtype
