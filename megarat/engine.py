@@ -31,8 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from megarat.config import Config, OptimConfig
-from megarat.mesh import MODEL, REPLICAS, TENSOR, Mesh
+from megarat.mesh import ENDS, MODEL, REPLICAS, TENSOR, Mesh
 from megarat.model import names
+from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import Patterns
 from megarat.parallel.fragments import Fragments, cut, gather
 
@@ -64,27 +65,31 @@ class Update(NamedTuple):
 class Engine:
     """A model under training."""
 
-    def __init__(self, model: nn.Module, config: Config, mesh: Mesh) -> None:
+    def __init__(self, model: RATPlusLM, config: Config, mesh: Mesh) -> None:
         """Wrap ``model``, whose fp32 parameters become the masters. The model is cast and moved in place."""
         self.mesh = mesh
         self.zero = config.parallel.zero
         self.precision = resolve_precision(config.train.precision, mesh.device)
         self.micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.shape.data)
         deepspeed = _import_deepspeed(mesh.device)
+        self._stages = mesh.shape.pipeline
+        self._model = model
         deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)
         initial = {name: parameter.data for name, parameter in model.named_parameters()}
         self._pieces = {
             name: names.pieces(name, tuple(tensor.shape), mesh.place.tensor, mesh.shape.tensor)
             for name, tensor in initial.items()
         }
-        self._mpu = _ModelParallelUnit(mesh)
         optimizer = _adamw(_parameter_groups(model, config.optim), config.optim, mesh.device)
         parameters = sum(tensor.numel() for tensor in initial.values())
         settings = _deepspeed_config(config, self.precision, self.micro_batches, parameters)
         with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory use
+            wrapped, unit = (model, _ModelParallelUnit(mesh)) if self._stages == 1 else (_pipeline_module(model, mesh), None)
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=settings, mpu=self._mpu
+                model=wrapped, optimizer=optimizer, config=settings, mpu=unit
             )
+        if self._stages > 1:
+            _leave_out_the_step(self._engine)
         self._adamw = optimizer
         if self.precision == "bf16":  # masters start from the fp32 initialisation, not from its bf16 rounding
             for name, parameter in self.model.named_parameters():
@@ -93,9 +98,9 @@ class Engine:
             self._refresh_weights()
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> RATPlusLM:
         """The wrapped model."""
-        return self._engine.module
+        return self._model
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,12 +124,34 @@ class Engine:
         if finite:
             for group in self._adamw.param_groups:
                 group["lr"] = lr
-            self._engine.step()
+            self._step()
         else:
             self._drop_gradients()
         return Update(loss_value, norm, finite)
 
+    def _step(self) -> None:
+        if self._stages == 1:
+            self._engine.step()
+        else:
+            self._engine._exec_optimizer_step()
+
     def _accumulate(self, micro_batches: Sequence[MicroBatch], patterns: Patterns) -> Tensor:
+        """Gradients of all micro-batches, summed over ranks; returns the mean loss over micro-batches and data ranks."""
+        total = self._through_pipeline(micro_batches, patterns) if self._stages > 1 else self._one_by_one(micro_batches, patterns)
+        torch.distributed.all_reduce(total)
+        return total / (len(micro_batches) * self.mesh.world_size // self._stages)
+
+    def _through_pipeline(self, micro_batches: Sequence[MicroBatch], patterns: Patterns) -> Tensor:
+        """Forward and backward in DeepSpeed's 1F1B order, without the step; the loss is the last stage's, 0 on the others."""
+        engine = self._engine
+        on_device = [[tensor.to(self.mesh.device) for tensor in micro_batch] for micro_batch in micro_batches]
+        engine.module.stage.begin(patterns, [labels_BT for _, labels_BT, *_ in on_device])
+        engine.set_dataiterator(((ids_BT, *documents), labels_BT) for ids_BT, labels_BT, *documents in on_device)
+        engine.total_loss, engine._compute_loss = None, True
+        engine._exec_schedule(engine._train_schedule())
+        return torch.zeros((), device=self.mesh.device) if engine.total_loss is None else engine.total_loss.float()
+
+    def _one_by_one(self, micro_batches: Sequence[MicroBatch], patterns: Patterns) -> Tensor:
         total = torch.zeros((), device=self.mesh.device)
         for index, micro_batch in enumerate(micro_batches):
             ids_BT, labels_BT, *documents = (tensor.to(self.mesh.device) for tensor in micro_batch)
@@ -134,8 +161,7 @@ class Engine:
             )
             self._engine.backward(loss)  # divides by the number of micro-batches
             total += loss.detach().float()
-        torch.distributed.all_reduce(total)
-        return total / (len(micro_batches) * self.mesh.world_size)
+        return total
 
     def _gradient_norm(self) -> Tensor:
         """Global L2 norm of the accumulated gradients on every rank; inf when an element is not finite."""
@@ -145,7 +171,7 @@ class Engine:
             norm = combine_grad_norm_groups(self._optimizer._get_norm_groups())
         elif self._has_bf16_optimizer:
             gradients, _ = self._optimizer.get_grads_for_norm()
-            norm = get_global_norm_of_tensors(gradients, mpu=self._mpu)
+            norm = get_global_norm_of_tensors(gradients, mpu=self._optimizer.mpu)
         else:
             norm = self._optimizer.scaled_global_norm()
         norm = norm.to(self.mesh.device, torch.float32)
@@ -180,7 +206,7 @@ class Engine:
         for name, parameter in self.model.named_parameters():
             for kind in STATE_KINDS:
                 flat, first = self._own_part(parameter, kind)
-                state[kind] |= cut(flat, first, self._pieces[name], self.mesh.place.tensor)
+                state[kind] |= cut(flat, first, self._pieces[name], self._writes(parameter))
         return state
 
     def adopt(self, steps: int) -> None:
@@ -214,12 +240,17 @@ class Engine:
         self._accumulate(micro_batches, patterns)
         parts: dict[str, Fragments] = {}
         for name, parameter in self.model.named_parameters():
-            parts |= cut(safe_get_full_grad(parameter).flatten(), 0, self._pieces[name], self.mesh.place.tensor)
+            parts |= cut(safe_get_full_grad(parameter).flatten(), 0, self._pieces[name], self._writes(parameter))
         self._drop_gradients()
         return gather(parts, torch.distributed.group.WORLD)
 
+    def _writes(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank writes what it holds of a parameter that other model ranks hold as well."""
+        replicated = not getattr(parameter, "tensor_model_parallel", False) and self.mesh.place.tensor > 0
+        return not (replicated or getattr(parameter, "ds_pipe_replicated", False))
+
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Logical tensors of the whole model and their shapes."""
+        """Logical tensors of this rank's layers and their shapes."""
         return {piece.name: piece.whole for pieces in self._pieces.values() for piece in pieces}
 
     def _own_part(self, parameter: nn.Parameter, kind: str) -> tuple[Tensor, int]:
@@ -319,6 +350,64 @@ def warm_up() -> None:
         importlib.import_module(module)
 
 
+def _pipeline_module(model: RATPlusLM, mesh: Mesh) -> Any:
+    """``model``, a stage, as DeepSpeed's ``PipelineModule`` of as many layers as there are stages."""
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    class Stages(PipelineModule):  # type: ignore[misc]
+        def get_tied_weights_and_groups(self) -> list[tuple[Tensor, Any]]:
+            """The embedding of the first stage and its copy on the last one: DeepSpeed adds up their gradients."""
+            return [(model.embedding.weight, mesh.group(ENDS))] if model.is_first or model.is_last else []
+
+    stage = _Stage(model)
+    shape = mesh.shape
+    with contextlib.redirect_stdout(io.StringIO()):
+        module = Stages(
+            layers=[stage if index == mesh.place.pipeline else torch.nn.Identity() for index in range(shape.pipeline)],
+            topology=PipeModelDataParallelTopology(num_pp=shape.pipeline, num_mp=shape.tensor, num_dp=shape.data),
+            partition_method="uniform",
+        )
+    module.stage = stage
+    if model.is_last:
+        model.embedding.weight.ds_pipe_replicated = True  # type: ignore[attr-defined]  # counted once in the norm
+    return module
+
+
+def _leave_out_the_step(pipeline_engine: Any) -> None:
+    """Let a schedule end after the gradients are reduced: whether to step is decided here, when their norm is known."""
+    from deepspeed.runtime.pipe.schedule import OptimizerStep
+
+    def do_nothing(engine: Any) -> None:
+        pass
+
+    pipeline_engine._INSTRUCTION_MAP = pipeline_engine._INSTRUCTION_MAP | {OptimizerStep: do_nothing}
+
+
+class _Stage(nn.Module):
+    """One stage: (ids or residual stream, and perhaps documents) -> the same for the next stage, or the loss.
+
+    The pattern does not travel with the activations; it is set on every rank before a batch. The loss is taken here rather than by
+    DeepSpeed's ``loss_fn``: its BF16_Optimizer loses gradients of parameters that are used outside of the module (the tied head).
+    """
+
+    def __init__(self, model: RATPlusLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def begin(self, patterns: Patterns, labels: Sequence[Tensor]) -> None:
+        """Take the micro-batches that follow under ``patterns``; the last stage meets their ``labels`` in this order."""
+        self.patterns, self.labels = patterns, iter(labels)
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> Any:
+        first, *documents = inputs if isinstance(inputs, tuple) else (inputs,)
+        x_BTC = self.model.embed(first) if self.model.is_first else first
+        x_BTC = self.model.run_stage(x_BTC, self.patterns, documents[0] if documents else None)
+        if self.model.is_last:
+            return self.model.loss(x_BTC, next(self.labels))
+        return (x_BTC, *documents) if documents else x_BTC
+
+
 class _ModelParallelUnit:
     """How DeepSpeed asks for the mesh: its model-parallel ranks hold one set of weights, its data-parallel ranks are replicas."""
 
@@ -364,6 +453,10 @@ def _deepspeed_config(config: Config, precision: str, micro_batches: int, parame
         "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
+        "pipeline": {
+            "pipe_partitioned": False,
+            "grad_partitioned": False,
+        },  # each tensor rank hands its stream to its own next stage
     }
 
 

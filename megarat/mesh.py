@@ -86,6 +86,7 @@ class Coordinates(NamedTuple):
 TENSOR, PIPELINE, DATA, CONTEXT = ("tensor",), ("pipeline",), ("data",), ("context",)
 REPLICAS, MODEL = ("data", "context"), ("pipeline", "tensor")
 _WORLD = Shape._fields
+ENDS = ("ends of the pipeline",)  # the first and the last stage, which both hold the embedding
 _AXES = (TENSOR, PIPELINE, DATA, CONTEXT, REPLICAS, MODEL, _WORLD)
 
 
@@ -205,7 +206,7 @@ def _reasons_against(config: Config, shape: Shape, zero: int) -> list[str]:
 def _not_in_this_version(shape: Shape) -> list[str]:
     return [
         f"parallel.{axis} is {getattr(shape, axis)}; this version has no {axis} parallelism (1)"
-        for axis in ("pipeline", "context")
+        for axis in ("context",)
         if getattr(shape, axis) != 1
     ]
 
@@ -402,8 +403,21 @@ def _process_groups(shape: Shape, rank: int) -> Mapping[tuple[str, ...], Process
                 group = torch.distributed.group.WORLD if whole else torch.distributed.new_group(members)
                 if rank in members:
                     own[axes] = group
+        own[ENDS] = _ends(shape, rank)
         _known_groups[shape] = own
     return _known_groups[shape]
+
+
+def _ends(shape: Shape, rank: int) -> Any:
+    """The group of the first and the last stage at this rank's other coordinates; None on the stages between."""
+    import torch
+
+    own = None
+    for stages in shape.groups(PIPELINE):
+        group = torch.distributed.new_group([stages[0], stages[-1]]) if shape.pipeline > 1 else None
+        if rank in (stages[0], stages[-1]):
+            own = group
+    return own
 
 
 def _free_port() -> int:

@@ -13,12 +13,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from megarat.config import ModelConfig
+from megarat.config import Config, ModelConfig
+from megarat.mesh import TENSOR, Mesh
 from megarat.model import names
 from megarat.model.layers import FeedForward, RMSNorm
 from megarat.model.mixer import RATPlusMixer
 from megarat.model.pattern import LayerPattern, Patterns, resolve
 from megarat.ops import rotary_tables
+from megarat.parallel.pipeline import balance, head_cost, layer_costs
 from megarat.parallel.tensor import ALONE, TensorParallel, VocabularyEmbedding
 
 
@@ -43,21 +45,29 @@ class Block(nn.Module):
 
 
 class RATPlusLM(nn.Module):
-    """A RAT+ language model, or its attention-only baseline (``config.recurrence = False``); this rank's part of it."""
+    """A RAT+ language model, or its attention-only baseline (``config.recurrence = False``); or this rank's part of it.
 
-    def __init__(self, config: ModelConfig, ranks: TensorParallel = ALONE) -> None:
+    ``ranks`` share every layer; ``stage`` are the layers of a pipeline stage, all of them without pipelines. The first stage embeds, the last
+    one norms and holds the head, which is the embedding once more: both keep a copy, trained by the sum of their gradients.
+    """
+
+    def __init__(self, config: ModelConfig, ranks: TensorParallel = ALONE, stage: range | None = None) -> None:
         super().__init__()
         self.config = config
         self.ranks = ranks
-        self.embedding = VocabularyEmbedding(config.vocab, config.hidden, ranks)
-        self.layers = nn.ModuleList(Block(config, ranks) for _ in range(config.layers))
-        self.norm = RMSNorm(config.hidden, config.norm_eps, ranks)
+        self.stage = range(config.layers) if stage is None else stage
+        self.is_first, self.is_last = self.stage.start == 0, self.stage.stop == config.layers
+        if self.is_first or self.is_last:
+            self.embedding = VocabularyEmbedding(config.vocab, config.hidden, ranks)
+        self.layers = nn.ModuleDict({str(layer): Block(config, ranks) for layer in self.stage})
+        if self.is_last:
+            self.norm = RMSNorm(config.hidden, config.norm_eps, ranks)
         self.dense = resolve("dense", config.layers, config.heads)
 
     @property
     def blocks(self) -> list[Block]:
-        """The layers, in order."""
-        return cast("list[Block]", list(self.layers))
+        """The layers held here, in order."""
+        return cast("list[Block]", list(self.layers.values()))
 
     def forward(
         self,
@@ -76,16 +86,28 @@ class RATPlusLM(nn.Module):
         hidden_BTC = self.hidden(ids_BT, patterns, document_ids_BT)
         if labels_BT is None:
             return self.logits(hidden_BTC)
-        loss, _ = self.embedding.cross_entropy(hidden_BTC.flatten(0, 1), labels_BT.flatten())
-        return loss
+        return self.loss(hidden_BTC, labels_BT)
 
     def hidden(self, ids_BT: Tensor, patterns: Patterns | None = None, document_ids_BT: Tensor | None = None) -> Tensor:
         """Final normed hidden states (B, T, C) in the dtype of the matrices."""
-        x_BTC = self.embed(ids_BT)
-        rotary = self.rotary(torch.arange(ids_BT.shape[1], device=ids_BT.device))
-        for block, pattern in zip(self.blocks, patterns or self.dense, strict=True):
+        return self.run_stage(self.embed(ids_BT), patterns, document_ids_BT)
+
+    def run_stage(self, x_BTC: Tensor, patterns: Patterns | None = None, document_ids_BT: Tensor | None = None) -> Tensor:
+        """This stage's layers on the residual stream (B, T, C), with sequence parallelism (B, T / n, C); the last stage also norms.
+
+        ``patterns`` are those of the whole model.
+        """
+        length = x_BTC.shape[1] * (self.ranks.size if self.ranks.sequence else 1)
+        rotary = self.rotary(torch.arange(length, device=x_BTC.device))
+        own_patterns = (patterns or self.dense)[self.stage.start : self.stage.stop]
+        for block, pattern in zip(self.blocks, own_patterns, strict=True):
             x_BTC = block(x_BTC, rotary, pattern, document_ids_BT)
-        return self.ranks.enter(self.norm(x_BTC))
+        return self.ranks.enter(self.norm(x_BTC)) if self.is_last else x_BTC
+
+    def loss(self, hidden_BTC: Tensor, labels_BT: Tensor) -> Tensor:
+        """Mean cross entropy of final hidden states, a scalar."""
+        loss, _ = self.embedding.cross_entropy(hidden_BTC.flatten(0, 1), labels_BT.flatten())
+        return loss
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The start of the residual stream, (B, T, C); fp32 unless the config says otherwise (or the weights are wider)."""
@@ -100,7 +122,7 @@ class RATPlusLM(nn.Module):
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the given positions, (..., R); fp32, or fp64 for an fp64 model."""
-        dtype = torch.float64 if self.embedding.weight.dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
         return rotary_tables(positions, self.config.head_dim, self.config.rope_base, dtype)
 
     @torch.no_grad()
@@ -119,6 +141,13 @@ class RATPlusLM(nn.Module):
                 generator = torch.Generator().manual_seed(_name_seed(seed, piece.name))
                 view.copy_(piece.of(torch.randn(piece.whole, generator=generator)) * self.config.init_std)
         return self
+
+
+def local_model(config: Config, mesh: Mesh) -> RATPlusLM:
+    """This rank's part of a run's model, its weights not yet made."""
+    stages = balance(layer_costs(config), head_cost(config), mesh.shape.pipeline)
+    ranks = TensorParallel(mesh.group(TENSOR), config.parallel.sequence)
+    return RATPlusLM(config.model, ranks, stages[mesh.place.pipeline])
 
 
 def _name_seed(seed: int, name: str) -> int:

@@ -40,7 +40,7 @@ def pieces(name: str, shape: Shape, rank: int = 0, ranks: int = 1) -> list[Piece
     found = logical_names(name, shape, ranks)
     box = (shape[0] // len(found), *shape[1:])
     if len(shape) == 1:
-        return [Piece(name, box, (0,), box, replicated=True)]
+        return [Piece(name, box, (0,), box)]
     dim = 1 if _BY_COLUMNS.fullmatch(name) else 0
     whole = tuple(length * ranks if axis == dim else length for axis, length in enumerate(box))
     offset = tuple(length * rank if axis == dim else 0 for axis, length in enumerate(box))

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megarat import comm
 
@@ -25,7 +26,6 @@ class Piece(NamedTuple):
     whole: Shape  # of the logical tensor
     offset: Shape  # of this rank's box in it
     shape: Shape  # of the box
-    replicated: bool = False  # over the ranks that share the heads
 
     def of(self, tensor: Tensor) -> Tensor:
         """This box of the whole logical tensor, as a view."""
@@ -62,17 +62,17 @@ class Fragments:
             box.copy_(Piece("", self.whole, offset, tuple(box.shape)).of(tensor))
 
 
-def cut(flat: Tensor, first: int, pieces: Sequence[Piece], rank: int) -> dict[str, Fragments]:
+def cut(flat: Tensor, first: int, pieces: Sequence[Piece], written_here: bool = True) -> dict[str, Fragments]:
     """The fragments of a flattened parameter's elements ``first``, ``first + 1``, … (``flat``), by logical name.
 
-    ``pieces`` are the parameter's rows in order; ``rank`` is this rank among those that share the heads. ``flat`` may be padded.
+    ``pieces`` are the parameter's rows in order; ``flat`` may be padded.
     """
     found, start = {}, 0
     for piece in pieces:
         elements = torch.Size(piece.shape).numel()
         low, high = max(first, start), min(first + flat.numel(), start + elements)
         boxes = tuple(_boxes(flat[low - first : high - first], low - start, piece)) if low < high else ()
-        found[piece.name] = Fragments(piece.whole, flat.dtype, boxes, rank == 0 or not piece.replicated)
+        found[piece.name] = Fragments(piece.whole, flat.dtype, boxes, written_here)
         start += elements
     return found
 
@@ -92,21 +92,21 @@ def _boxes(run: Tensor, first: int, piece: Piece) -> Iterable[Box]:
         run, first = run[length:], first + length
 
 
-def gather(fragments: Mapping[str, Fragments], group: distributed.ProcessGroup | None = None) -> dict[str, Tensor]:
+def gather(fragments: Mapping[str, Fragments], group: ProcessGroup | None = None) -> dict[str, Tensor]:
     """The whole tensors, on the host of every rank: for tests and small models. Raises ``ValueError`` when an element has no holder."""
-    own = {name: [Box(offset, tensor.cpu()) for offset, tensor in held.boxes] for name, held in fragments.items()}
-    everyones = [own]
-    if comm.size(group) > 1:
-        everyones = [{} for _ in range(comm.size(group))]
-        distributed.all_gather_object(everyones, own, group=group)
-    return {name: _assemble(name, held, [boxes[name] for boxes in everyones]) for name, held in fragments.items()}
+    parts: dict[str, list[Fragments]] = {}
+    for held in comm.gather_objects({name: part.map(Tensor.cpu) for name, part in fragments.items()}, group):
+        for name, part in held.items():
+            parts.setdefault(name, []).append(part)
+    return {name: _assemble(name, held) for name, held in parts.items()}
 
 
-def _assemble(name: str, held: Fragments, everyones: Iterable[list[Box]]) -> Tensor:
-    whole = torch.empty(held.whole, dtype=held.dtype)
-    covered = torch.zeros(held.whole, dtype=torch.bool)
-    for offset, tensor in (box for boxes in everyones for box in boxes):
-        piece = Piece(name, held.whole, offset, tuple(tensor.shape))
+def _assemble(name: str, parts: Sequence[Fragments]) -> Tensor:
+    shape = parts[0].whole
+    whole = torch.empty(shape, dtype=parts[0].dtype)
+    covered = torch.zeros(shape, dtype=torch.bool)
+    for offset, tensor in (box for part in parts for box in part.boxes):
+        piece = Piece(name, shape, offset, tuple(tensor.shape))
         piece.of(whole).copy_(tensor)
         piece.of(covered).fill_(True)
     if not covered.all():

@@ -19,10 +19,9 @@ from megarat.data.loader import Loader, PairSource
 from megarat.data.tokenizer import load_tokenizer
 from megarat.engine import MASTER, Engine, resolve_precision
 from megarat.errors import UserError
-from megarat.mesh import TENSOR, Mesh
-from megarat.model.lm import RATPlusLM
+from megarat.mesh import Mesh
+from megarat.model.lm import local_model
 from megarat.model.pattern import describe
-from megarat.parallel.tensor import TensorParallel
 from megarat.train.run_folder import Resume
 from megarat.train.task_data import TaskLoader
 
@@ -72,7 +71,7 @@ def build(config: Config, kind: str, mesh: Mesh, resume: Resume | None, parent: 
     loader, data_identity = _open_data(config, mesh)
     if resume is not None:
         _check_resumable(resume.state, precision, data_identity, config.data.shards, parent)
-    model = RATPlusLM(config.model, TensorParallel(mesh.group(TENSOR), config.parallel.sequence))
+    model = local_model(config, mesh)
     if resume is None and parent is None:
         model.initialise(config.train.seed)
     engine = Engine(model, config, mesh)

@@ -10,7 +10,7 @@ from megarat.mesh import Shape
 from megarat.parallel import invariance, worlds
 from megarat.parallel.invariance import Case
 
-DATA, TENSOR = Shape(data=2), Shape(tensor=2)
+DATA, TENSOR, PIPELINE = Shape(data=2), Shape(tensor=2), Shape(pipeline=2)
 
 
 def selection(world_size: int) -> list[Case]:
@@ -43,9 +43,27 @@ def test_the_selection_covers_every_axis():
 
 
 def scale_a_layer_by_the_accumulation(engine: Engine) -> None:
-    """Gradients of one stage divided once more by the number of micro-batches."""
-    for parameter in engine.model.blocks[1].parameters():
-        parameter.register_hook(lambda gradient: gradient / engine.micro_batches)
+    """Gradients of one stage (here the last layer's) divided once more by the number of micro-batches."""
+    if engine.model.is_last:
+        for parameter in engine.model.blocks[-1].parameters():
+            parameter.register_hook(lambda gradient: gradient / engine.micro_batches)
+
+
+def leave_the_copies_of_the_embedding_apart(engine: Engine) -> None:
+    """The first stage trains its embedding by the lookup alone, the last one by the head alone."""
+    engine._engine.module.get_tied_weights_and_groups = list
+
+
+def count_the_embedding_on_both_stages(engine: Engine) -> None:
+    engine.model.embedding.weight.ds_pipe_replicated = False
+
+
+def run_the_last_stage_dense(engine: Engine) -> None:
+    """The sparse pass does not reach the last stage."""
+    if engine.model.is_last:
+        stage = engine._engine.module.stage
+        run_stage = stage.model.run_stage
+        stage.model.run_stage = lambda x_BTC, patterns, documents: run_stage(x_BTC, None, documents)
 
 
 def drop_the_last_micro_batch_of_other_ranks(engine: Engine) -> None:
@@ -84,6 +102,10 @@ def shift_the_labels_of_one_rank(engine: Engine) -> None:
     [
         (Case(DATA, False, 1, 2), scale_a_layer_by_the_accumulation, ("gradients", "norms", "weights")),
         (Case(TENSOR, False, 1, 2), scale_a_layer_by_the_accumulation, ("gradients", "norms", "weights")),
+        (Case(PIPELINE, False, 1, 2), scale_a_layer_by_the_accumulation, ("gradients", "norms", "weights")),
+        (Case(PIPELINE, False, 1, 2), leave_the_copies_of_the_embedding_apart, ("gradients", "norms", "weights")),
+        (Case(PIPELINE, False, 1, 2), count_the_embedding_on_both_stages, ("norms", "weights")),
+        (Case(PIPELINE, False, 1, 2), run_the_last_stage_dense, ("gradients", "losses", "weights")),
         (Case(DATA, False, 1, 2), drop_the_last_micro_batch_of_other_ranks, ("gradients", "norms", "weights")),
         (Case(DATA, False, 2, 1), drop_the_last_micro_batch_of_other_ranks, ("gradients", "norms", "weights")),
         (Case(DATA, False, 3, 2), drop_the_last_micro_batch_of_other_ranks, ("gradients", "norms", "weights")),
