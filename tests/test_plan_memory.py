@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny_run
@@ -64,7 +65,7 @@ def test_checkpoints_have_the_size_that_is_written(mesh, tmp_path):
     assert plan.checkpoint_bytes(config) == pytest.approx(written, rel=0.05)
 
 
-def test_bubble_of_a_pipeline(monkeypatch):
+def test_bubble_of_a_pipeline():
     """(p - 1) / (m + p - 1) with m micro-batches: p = 4, m = 8 gives 3/11."""
     config = published(train={"global_batch": 64, "micro_batch": 2})
     made = plan.make_plan(config, 4)
@@ -109,3 +110,20 @@ def test_a_run_too_large_is_refused_with_what_fits(tmp_path, capsys):
     assert main(["plan", str(path), "--gpus", "8", "--gpu", "cpu", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["mesh"]["data"] == 8 and values["config"]["train"]["micro_batch"] == 32
+
+
+def test_the_table_of_the_documentation_is_what_the_plan_says():
+    sizes = {"1.5B": {}, "2.6B": {"layers": 28, "hidden": 2560, "heads": 20}}
+    rows = [
+        [cell.strip().replace(",", "") for cell in line.strip("|\n").split("|")]
+        for line in (Path(__file__).parents[1] / "docs/scaling.md").read_text().splitlines()
+        if line.startswith(("| 1.5B |", "| 2.6B |"))
+    ]
+    assert {int(row[1]) for row in rows} == {1, 64, 256, 1024}
+    for size, gpus, zero, batch, micro, memory, seconds, links, rate, days in rows:
+        train = {"global_batch": int(batch), "micro_batch": int(micro)}
+        made = plan.make_plan(published(model=sizes[size], train=train, parallel={"zero": int(zero)}), int(gpus))
+        tokens_per_s = made.tokens_per_second(made.gpu)
+        assert f"{made.memory.total / 1e9:.1f} {made.pair_seconds(made.gpu):.2f}" == f"{memory} {seconds}"
+        assert f"{sum(made.communication_seconds(made.gpu).values()):.2f} {tokens_per_s:.0f}" == f"{links} {rate}"
+        assert f"{100e9 / tokens_per_s / 86400:.2f}" == days
