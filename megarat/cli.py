@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_adapt(verbs)
     _add_eval(verbs)
     _add_generate(verbs)
+    _add_serve(verbs)
     _add_checkpoint(verbs)
     _add_plan(verbs)
     _add_status(verbs)
@@ -129,6 +130,19 @@ def _add_generate(verbs: Any) -> None:
     parser.add_argument("--tokenizer", help="tokenizer file or folder (default: the one stored with the checkpoint)")
     _add_device(parser)
     parser.set_defaults(run=_generate)
+
+
+def _add_serve(verbs: Any) -> None:
+    parser = verbs.add_parser("serve", help="an OpenAI-compatible completions endpoint, from the sparse cache")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint or run folder")
+    parser.add_argument("--pattern", help=f"{_PATTERN_HELP}, or one with ' + topk …' as in eval (default: the checkpoint's own)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--rows", type=_positive, default=16, help="sequences decoded at a time")
+    parser.add_argument("--max-length", type=_positive, help="tokens of a prompt and its answer together (default: as trained)")
+    parser.add_argument("--tokenizer", help="tokenizer file or folder (default: the one stored with the checkpoint)")
+    _add_device(parser)
+    parser.set_defaults(run=_serve)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -246,6 +260,22 @@ def _generate(arguments: argparse.Namespace) -> None:
         pattern=pattern,
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
+        tokenizer=arguments.tokenizer,
+        device=arguments.device,
+        precision=arguments.precision,
+    )
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from megarat.infer.server import serve
+
+    serve(
+        arguments.checkpoint,
+        pattern=_reading(arguments.pattern) if arguments.pattern else None,
+        host=arguments.host,
+        port=arguments.port,
+        rows=arguments.rows,
+        max_length=arguments.max_length,
         tokenizer=arguments.tokenizer,
         device=arguments.device,
         precision=arguments.precision,

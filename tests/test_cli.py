@@ -73,7 +73,7 @@ def config(tmp_path) -> Path:
 def test_help_names_every_verb():
     done = subprocess.run([sys.executable, "-m", "megarat", "--help"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for verb in ("pretrain", "adapt", "eval", "generate", "checkpoint", "doctor", "demo"):
+    for verb in ("pretrain", "adapt", "eval", "generate", "serve", "checkpoint", "doctor", "demo"):
         assert re.search(rf"^ {{4}}{verb}\s", done.stdout, re.MULTILINE)
 
 

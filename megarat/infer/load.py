@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ from megarat.model.pattern import Patterns, PatternSpec, describe, resolve
 class LoadedModel(nn.Module):
     """A RAT+ model with its default pattern. ``model(ids)`` gives logits, ``model.generate(ids, ...)`` new tokens."""
 
-    def __init__(self, lm: RATPlusLM, patterns: Patterns, checkpoint: Path) -> None:
+    def __init__(self, lm: RATPlusLM, patterns: Patterns, checkpoint: Path, adapted_to: Patterns | None = None) -> None:
         super().__init__()
+        self.adapted_to = adapted_to  # the pattern an adaptation trained it for
         self.lm = lm
         self.patterns = patterns
         self.checkpoint = checkpoint
@@ -42,8 +44,18 @@ class LoadedModel(nn.Module):
         return self.patterns if pattern is None else resolve(pattern, self.config.layers, self.config.heads)
 
     def reading(self, spec: PatternSpec | ReadingSpec | Reading | None) -> Reading:
-        """A pattern, perhaps with top-k blocks (``D=16 + topk blocks=16``), for this model; None is the pattern given at load."""
-        return Reading(self.patterns) if spec is None else read_as(spec, self.config)
+        """A pattern, perhaps with top-k blocks (``D=16 + topk blocks=16``), for this model; None is the pattern given at load.
+
+        Warns where an adaptation trained the model for another pattern.
+        """
+        reading = Reading(self.patterns) if spec is None else read_as(spec, self.config)
+        if self.adapted_to is not None and reading.patterns != self.adapted_to:
+            warnings.warn(
+                f"{self.checkpoint} was adapted to {describe(self.adapted_to)}, but is read as {reading}",
+                UserWarning,
+                stacklevel=2,
+            )
+        return reading
 
     def forward(self, ids_BT: Tensor, pattern: PatternSpec | None = None) -> Tensor:
         """Logits (B, T, V), fp32, on the model's device, of token ids (B, T), int64, on any."""
@@ -112,7 +124,8 @@ def load(
     )
     fill_model(lm, checkpoints.load_weights(folder, prefer_masters=dtype not in (torch.bfloat16, torch.float16)), str(folder))
     lm = lm.to(device=device, dtype=dtype).requires_grad_(False).eval()
-    return LoadedModel(lm, patterns, folder)
+    adapted_to = state.config.patterns if state.kind == "adapt" else None
+    return LoadedModel(lm, patterns, folder, adapted_to)
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ def print_continuation(
     """Stream the continuation of ``prompt`` to stdout; model, speed and cache size go to stderr."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[precision]
     model = load(checkpoint, pattern, device, dtype)
+    model.reading(pattern)  # warns where the checkpoint was adapted to another one
     text = find_tokenizer(model, tokenizer)
     prompt_length = len(encode_prompt(model, text, prompt))
     length = prompt_length + max_new_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,15 @@ def test_weights_fill_a_model_completely_or_not_at_all(golden_pth):
         change(damaged)
         with pytest.raises(UserError, match=message):
             fill_model(RATPlusLM(config), damaged, "x")
+
+
+def test_reading_an_adapted_model_by_another_pattern_warns_and_names_both(imported):
+    lm = megarat.load(imported, device="cpu").lm
+    adapted = LoadedModel(lm, resolve("D=4", 2, 2), Path("ck"), resolve("D=4", 2, 2))
+    with pytest.warns(UserWarning, match=r"ck was adapted to D=4,W=0,I=0, but is read as dense"):
+        adapted.reading("dense")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted.reading(None)
+        adapted.reading("D=4 + topk blocks=3")
+        megarat.load(imported, device="cpu").reading("D=16")
