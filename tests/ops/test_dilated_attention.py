@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megarat.ops import dilated_attention, visible
+from megarat.ops.dilated_attention import dilated_attention_ref, far_positions
+
+# dense; dilation alone, beyond the sequence, with a window, with initial tokens, all three; none of it; larger than the sequence
+PATTERNS = [
+    (1, 0, 0), (4, 0, 0), (64, 0, 0), (4, 3, 0), (5, 0, 7), (4, 3, 2), (-1, 0, 0), (-1, 3, 2), (3, 100, 0), (3, 0, 100),
+]  # fmt: skip
+
+
+def literal(i, j, dilation, window, initial):
+    return j <= i and (i - j <= window or j < initial or (dilation != -1 and (j + 1) % dilation == 0))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_mask_follows_the_rule_pair_by_pair(pattern):
+    positions = torch.arange(20)
+    found = visible(positions, positions, pattern)
+    assert found.tolist() == [[literal(i, j, *pattern) for j in range(20)] for i in range(20)]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_far_list_window_and_self_are_disjoint_and_make_up_the_mask(pattern):
+    _, window, _ = pattern
+    length = 40
+    far = far_positions(length, pattern).tolist()
+    assert far == sorted(set(far))
+    for i in range(length):
+        lo = max(0, i - window)
+        seen = [j for j in far if j < lo] + list(range(lo, i + 1))
+        assert seen == [j for j in range(length) if literal(i, j, *pattern)]
+
+
+def projections(*shape):
+    return torch.randn(*shape[:2], 4, *shape[2:], dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_torch_paths_equal_the_masked_definition_with_their_gradients(pattern, documents):
+    projection = projections(2, 23, 2, 4)
+    q, k, v, gate = projection.unbind(2)
+    ids = (torch.arange(23) // 9).expand(2, -1) if documents else None
+    expected, expected_lse = dilated_attention_ref(q, k, v, pattern, document_ids_BT=ids)
+    expected = expected * torch.sigmoid(gate)
+    found = dilated_attention(q, k, v, pattern, output_gate_BTHK=gate, document_ids_BT=ids)
+    _, lse = dilated_attention(q, k, v, pattern, return_lse=True, document_ids_BT=ids)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    gradients = [torch.autograd.grad(out.square().sum(), projection) for out in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_each_head_attends_by_its_own_pattern():
+    q, k, v, _ = projections(1, 15, 4, 4).unbind(2)
+    patterns = [(4, 0, 0), (1, 0, 0), (4, 0, 0), (-1, 2, 1)]
+    found = dilated_attention(q, k, v, patterns)
+    for head, pattern in enumerate(patterns):
+        one = [x[:, :, head : head + 1] for x in (q, k, v)]
+        torch.testing.assert_close(found[:, :, head : head + 1], dilated_attention_ref(*one, pattern)[0])
+
+
+def test_log_sum_exp_joins_two_halves_of_the_keys():
+    """What context parallelism relies on: far keys and the rest, attended apart, weigh in by their log-sum-exps."""
+    q, k, v, _ = (x.detach() for x in projections(1, 30, 1, 4).unbind(2))
+    whole, whole_lse = dilated_attention(q, k, v, (3, 0, 0), return_lse=True)
+    own, own_lse = dilated_attention(q, k, v, (-1, 0, 0), return_lse=True)
+    share = (own_lse - whole_lse).exp()[..., None]
+    far = (whole - own * share) / (1 - share).clamp_min(1e-12)
+    torch.testing.assert_close(own * share + far * (1 - share), whole)
+    assert (share[:, :3] == 1).all()  # nothing far is visible to the first D queries
+    assert (share[:, 3:] < 1).all()
+
+
+@pytest.mark.parametrize("pattern", [(0, 0, 0), (-2, 1, 1), (4, -1, 0), (4, 0, -1)], ids=str)
+def test_impossible_patterns_are_refused(pattern):
+    q, k, v, _ = projections(1, 5, 1, 4).unbind(2)
+    with pytest.raises(ValueError, match="pattern"):
+        dilated_attention(q, k, v, pattern)
+
+
+def test_a_wrong_number_of_head_patterns_is_refused():
+    q, k, v, _ = projections(1, 5, 2, 4).unbind(2)
+    with pytest.raises(ValueError, match="3 patterns for 2 heads"):
+        dilated_attention(q, k, v, [(4, 0, 0)] * 3)

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from megarat.errors import UserError
+from megarat.ops import dispatch
+
+
+class OnGpu:
+    """As much of a CUDA tensor as the choice looks at."""
+
+    is_cuda = True
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    monkeypatch.delenv("MEGARAT_OPS", raising=False)
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
+
+
+def test_cpu_tensors_take_the_reference_and_gpu_tensors_the_kernels():
+    assert dispatch.choose_backend("op", None, torch.ones(1), None) == "reference"
+    assert dispatch.choose_backend("op", None, OnGpu(), None) == "triton"
+
+
+def test_the_switch_forces_the_reference(monkeypatch):
+    monkeypatch.setenv("MEGARAT_OPS", "reference")
+    assert dispatch.choose_backend("op", None, OnGpu(), None) == "reference"
+    monkeypatch.setenv("MEGARAT_OPS", "fast")
+    with pytest.raises(UserError, match="MEGARAT_OPS='fast'"):
+        dispatch.choose_backend("op", None, OnGpu(), None)
+
+
+def test_an_unsupported_call_falls_back_with_one_warning_per_reason():
+    with pytest.warns(RuntimeWarning, match="op runs its slow torch reference: odd heads"):
+        assert dispatch.choose_backend("op", None, OnGpu(), "odd heads") == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.choose_backend("op", None, OnGpu(), "odd heads") == "reference"
+
+
+def test_an_explicit_backend_is_obeyed_or_refused():
+    assert dispatch.choose_backend("op", "reference", OnGpu(), None) == "reference"
+    with pytest.raises(ValueError, match="odd heads"):
+        dispatch.choose_backend("op", "triton", OnGpu(), "odd heads")
+    with pytest.raises(ValueError, match="'cuda'"):
+        dispatch.choose_backend("op", "cuda", OnGpu(), None)
