@@ -164,7 +164,7 @@ def _queue(jobs: list[str]) -> dict[str, str]:
     """What squeue says of those jobs that it still has; nothing where there is no Slurm."""
     if not jobs or shutil.which("squeue") is None:
         return {}
-    command = ["squeue", "-h", "-o", "%A %T on %N, %L of its limit left, %r", "-j", ",".join(jobs)]
+    command = ["squeue", "-h", "-o", "%i %T on %N, %L of its limit left, %r", "-j", ",".join(jobs)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except subprocess.TimeoutExpired:

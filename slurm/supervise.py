@@ -153,7 +153,9 @@ class Job:
     """This job, by Slurm's own variables and commands."""
 
     def __init__(self) -> None:
-        self.id = os.environ["SLURM_JOB_ID"]
+        array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+        # The number of an array's last task is also that of the array: by it, all tasks would be requeued.
+        self.id = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         self.nodes = os.environ.get("SLURM_JOB_NODELIST", "")
         self.num_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
@@ -166,12 +168,12 @@ class Job:
 
     def requeue(self, without: Sequence[str]) -> str | None:
         """Queue this job again, not on the nodes ``without``; returns Slurm's complaint, if it has one."""
+        excluded = _field(self.id, "ExcNodeList")  # before: what this job starts while it is being requeued is killed with it
         complaint = _complaint("scontrol", "requeue", self.id)
         if complaint or not without:
             return complaint
-        excluded = _field(self.id, "ExcNodeList")
         nodes = ",".join([*([] if excluded in ("", "(null)") else [excluded]), *without])
-        for _ in range(50):  # only a pending job can be told, and one that is requeued waits some seconds
+        for _ in range(50):  # only a pending job can be told; one that is requeued waits some seconds before it starts
             if not (complaint := _complaint("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={nodes}")):
                 return None
             time.sleep(0.1)

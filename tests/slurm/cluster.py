@@ -112,6 +112,15 @@ class Cluster:
         script = f"hostname {name} && mount --bind {self.base}/etc/hosts /etc/hosts && exec slurmd -N {name}"
         self._daemon("unshare", "--uts", "--mount", "bash", "-c", script)
 
+    def lose_node(self, node: str) -> None:
+        """Kill everything on a virtual node at once, as a power failure does: all that shares its slurmd's host name."""
+        own = _host_namespace(Path("/proc") / (self.base / f"run/slurmd-{node}.pid").read_text().strip())
+        assert own, f"{node} is not running"
+        pids = [int(process.name) for process in Path("/proc").glob("[0-9]*") if _host_namespace(process) == own]
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, so that none sees another one die
+            for pid in pids:
+                os.kill(pid, number)
+
     def stop(self) -> None:
         """Cancel what runs, then end the daemons by their pid files and wait until they are gone."""
         if (self.base / "run/slurmctld.pid").exists():
@@ -179,6 +188,13 @@ def history(run_dir: Path) -> list[dict]:
     """What the supervisor of a run recorded."""
     path = run_dir / "slurm/history.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _host_namespace(process: Path) -> str | None:
+    try:
+        return os.readlink(process / "ns/uts")
+    except OSError:  # it has just ended
+        return None
 
 
 def _path() -> str:

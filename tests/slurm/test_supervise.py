@@ -59,9 +59,11 @@ SCENARIOS: dict[str, tuple[list[str], dict[str, str]]] = {
     "refused": (["0 2", "9 0"], {}),
     "USR1": (["4 listen", "8 0"], {"options": "--nodes=2 --ntasks-per-node=2"}),
     "TERM": (["4 listen", "8 0"], {}),
+    "time limit": (["4 listen", "8 0"], {"options": "--nodelist=n1 --time=1 --signal=B:USR1@55"}),
     "preempted": (["4 listen", "8 0"], {"options": "--nodelist=n4 --exclusive"}),
+    "node lost": (["4 listen", "8 0"], {"options": "--exclude=n1,n2"}),
     "cancelled": (["4 listen", "8 0"], {}),
-    "unhealthy": (["9 0", "9 0"], {"options": "--nodes=2", "MEGARAT_HEALTH_COMMAND": 'test "$SLURMD_NODENAME" != n2'}),
+    "unhealthy": (["9 0", "9 0"], {"options": "--nodes=2 --exclude=n3", "MEGARAT_HEALTH_COMMAND": 'test "$SLURMD_NODENAME" != n2'}),
     "stalls": (["4 save", "4 save", "4 save", "9 0"], {}),
     "checkpoint gone": (["4 listen", "9 0"], {}),
 }  # fmt: skip
@@ -85,6 +87,8 @@ def jobs(cluster, tmp_path_factory) -> dict[str, Submitted]:
             "sbatch", *options, str(base / "tree/slurm/pretrain.sbatch"), str(run), "config.yaml", env={**os.environ, **settings}
         )
         submitted[name] = Submitted(job, run)
+    submitted["node lost"].listens()
+    cluster.lose_node("n3")  # Slurm needs most of a minute to notice; the last test looks at what follows
     return submitted
 
 
@@ -132,8 +136,8 @@ def test_a_node_that_fails_its_health_check_is_left_out(cluster, jobs):
     unhealthy = jobs["unhealthy"]
     cluster.wait_for_state(unhealthy.job, "COMPLETED", "FAILED")
     assert unhealthy.endings == [("unhealthy", None), ("done", 9)]
-    assert cluster.field(unhealthy.job, "ExcNodeList") == "n2"
-    assert history(unhealthy.run)[2]["nodes"] == "n[1,3]"
+    assert cluster.field(unhealthy.job, "ExcNodeList") in ("n[2-3]", "n3,n2")
+    assert history(unhealthy.run)[2]["nodes"] == "n[1,4]"
     assert "n2 is not healthy: 'test" in unhealthy.log
 
 
@@ -159,3 +163,33 @@ def test_stops_without_progress_end_after_the_third(cluster, jobs):
     assert cluster.wait_for_state(jobs["stalls"].job, "FAILED", "COMPLETED") == "FAILED"
     assert jobs["stalls"].endings == [("stopped", 4)] * 3
     assert "raise the time limit" in jobs["stalls"].log
+
+
+def test_tasks_of_an_array_are_requeued_alone(cluster, jobs, tmp_path):
+    tree = jobs["refused"].run.parent / "tree"
+    patterns, scripts = {"D4": "D=4", "D16-W2-I1": "D=16,W=2,I=1"}, ("3 1\n7 0", "7 0")
+    (tmp_path / "patterns.txt").write_text("".join(f"{pattern}\n" for pattern in patterns.values()))
+    for folder, script in zip(patterns, scripts, strict=True):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "script").write_text(script)
+    settings = {"MEGARAT_ROOT": str(tree), "MEGARAT_PYTHON": sys.executable, "MEGARAT_PATTERNS": str(tmp_path / "patterns.txt")}
+    options = ("--parsable", "--array=0-1", f"--output={tmp_path}/%a.out", str(tree / "slurm/adapt.sbatch"))
+    job = cluster.command("sbatch", *options, str(tmp_path), "config.yaml", "--from", "parent", env={**os.environ, **settings})
+    after = cluster.command("sbatch", "--parsable", f"--dependency=afterok:{job}", "--output=/dev/null", "--wrap=true")
+    assert cluster.wait_for_state(after, "COMPLETED", "CANCELLED") == "COMPLETED"
+    first, second = (Submitted(f"{job}_{task}", tmp_path / folder) for task, folder in enumerate(patterns))
+    assert first.endings == [("died", 3), ("done", 7)] and second.endings == [("done", 7)]
+    assert {line["job"] for line in history(first.run)} == {f"{job}_0"}
+
+
+def test_slurms_own_signal_before_the_time_limit(cluster, jobs):
+    limited = jobs["time limit"]
+    assert cluster.wait_for_state(limited.job, "COMPLETED", "FAILED", "TIMEOUT", seconds=90) == "COMPLETED"
+    assert limited.endings == [("stopped", 4), ("done", 8)] and "SIGUSR1" in limited.log
+
+
+def test_a_run_on_a_lost_node_goes_on_elsewhere(cluster, jobs):
+    lost = jobs["node lost"]
+    assert cluster.wait_for_state(lost.job, "COMPLETED", "FAILED", seconds=120) == "COMPLETED"
+    assert lost.endings == [("lost", 4), ("done", 8)]
+    assert [line["nodes"] for line in history(lost.run) if line["event"] == "start"] == ["n3", "n4"]
