@@ -191,6 +191,15 @@ def _reasons_against(config: Config, shape: Shape, zero: int) -> list[str]:
             f"parallel.context is {shape.context}, but data.sequence_length = {length} is not a multiple",
         ),
         (
+            model.heads % (shape.context * shape.tensor),
+            f"parallel.context x parallel.tensor is {shape.context} x {shape.tensor}, but model.heads = {model.heads} is not a multiple: "
+            "attention over a shared sequence is split by heads",
+        ),
+        (
+            shape.context > 1 and config.data.documents == "separate",
+            f"parallel.context is {shape.context} with data.documents: separate; documents are kept apart on whole sequences only",
+        ),
+        (
             config.parallel.sequence and local_length % shape.tensor,
             f"parallel.sequence splits {local_length} tokens over parallel.tensor = {shape.tensor} ranks, which is not even",
         ),
@@ -200,15 +209,7 @@ def _reasons_against(config: Config, shape: Shape, zero: int) -> list[str]:
             f"{shape.data} = {step}",
         ),
     ]
-    return [reason for broken, reason in rules if broken] + _not_in_this_version(shape)
-
-
-def _not_in_this_version(shape: Shape) -> list[str]:
-    return [
-        f"parallel.{axis} is {getattr(shape, axis)}; this version has no {axis} parallelism (1)"
-        for axis in ("context",)
-        if getattr(shape, axis) != 1
-    ]
+    return [reason for broken, reason in rules if broken]
 
 
 def _advice(config: Config, wanted: Shape, world_size: int | None) -> str:

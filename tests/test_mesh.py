@@ -67,7 +67,7 @@ def test_legal_meshes_take_the_remaining_ranks_as_data_ranks(changes, world_size
         ({"parallel_tensor": 4, "model_vocab": 66}, 4, "model.vocab = 66 is not a multiple", "parallel.tensor=2 .*data 2"),
         ({"parallel_tensor": 2}, 3, "3 processes were started, not a multiple of tensor x pipeline x context = 2 x 1 x 1", "data 3"),
         ({"parallel_pipeline": 4}, None, "every stage needs a layer", "parallel.pipeline="),
-        ({"parallel_pipeline": 2, "parallel_zero": 2}, 2, "they take ZeRO 1", "The nearest legal mesh"),
+        ({"parallel_pipeline": 2, "parallel_zero": 2}, 2, "they take ZeRO 1", "parallel.pipeline=2 .*parallel.zero=1"),
         ({"parallel_pipeline": 2, "parallel_context": 2}, 4, "context parallelism works without pipelines", "The nearest legal mesh"),
         ({"parallel_context": 3}, 3, "data.sequence_length = 16 is not a multiple", "parallel.context=1"),
         ({"train_global_batch": 6, "train_micro_batch": 2}, 4, "train.micro_batch x data ranks = 2 x 4 = 8", "parallel.tensor=4"),

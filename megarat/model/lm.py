@@ -13,13 +13,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from megarat import comm
 from megarat.config import Config, ModelConfig
-from megarat.mesh import TENSOR, Mesh
+from megarat.mesh import CONTEXT, TENSOR, Mesh
 from megarat.model import names
 from megarat.model.layers import FeedForward, RMSNorm
 from megarat.model.mixer import RATPlusMixer
 from megarat.model.pattern import LayerPattern, Patterns, resolve
 from megarat.ops import rotary_tables
+from megarat.parallel.context import WHOLE, ContextParallel
 from megarat.parallel.pipeline import balance, head_cost, layer_costs
 from megarat.parallel.tensor import ALONE, TensorParallel, VocabularyEmbedding
 
@@ -27,9 +29,9 @@ from megarat.parallel.tensor import ALONE, TensorParallel, VocabularyEmbedding
 class Block(nn.Module):
     """Mixer and feed-forward, each pre-norm with its own residual."""
 
-    def __init__(self, config: ModelConfig, ranks: TensorParallel = ALONE) -> None:
+    def __init__(self, config: ModelConfig, ranks: TensorParallel = ALONE, context: ContextParallel = WHOLE) -> None:
         super().__init__()
-        self.mixer = RATPlusMixer(config.hidden, config.heads, config.norm_eps, config.recurrence, ranks)
+        self.mixer = RATPlusMixer(config.hidden, config.heads, config.norm_eps, config.recurrence, ranks, context)
         self.ffn = FeedForward(config.hidden, config.ffn_multiple, config.norm_eps, ranks)
 
     def forward(
@@ -47,19 +49,27 @@ class Block(nn.Module):
 class RATPlusLM(nn.Module):
     """A RAT+ language model, or its attention-only baseline (``config.recurrence = False``); or this rank's part of it.
 
-    ``ranks`` share every layer; ``stage`` are the layers of a pipeline stage, all of them without pipelines. The first stage embeds, the last
-    one norms and holds the head, which is the embedding once more: both keep a copy, trained by the sum of their gradients.
+    ``ranks`` share every layer, those of ``context`` each sequence; ``stage`` are the layers of a pipeline stage, all of them without
+    pipelines. The first stage embeds, the last one norms and holds the head, which is the embedding once more: both keep a copy, trained
+    by the sum of their gradients.
     """
 
-    def __init__(self, config: ModelConfig, ranks: TensorParallel = ALONE, stage: range | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        ranks: TensorParallel = ALONE,
+        context: ContextParallel = WHOLE,
+        stage: range | None = None,
+    ) -> None:
         super().__init__()
+        self.context = context
         self.config = config
         self.ranks = ranks
         self.stage = range(config.layers) if stage is None else stage
         self.is_first, self.is_last = self.stage.start == 0, self.stage.stop == config.layers
         if self.is_first or self.is_last:
             self.embedding = VocabularyEmbedding(config.vocab, config.hidden, ranks)
-        self.layers = nn.ModuleDict({str(layer): Block(config, ranks) for layer in self.stage})
+        self.layers = nn.ModuleDict({str(layer): Block(config, ranks, context) for layer in self.stage})
         if self.is_last:
             self.norm = RMSNorm(config.hidden, config.norm_eps, ranks)
         self.dense = resolve("dense", config.layers, config.heads)
@@ -83,10 +93,10 @@ class RATPlusLM(nn.Module):
         a document) is given, attention and recurrence stay inside each document; positions, and with them which keys a pattern
         keeps, still count from the start of the sequence.
         """
-        hidden_BTC = self.hidden(ids_BT, patterns, document_ids_BT)
+        hidden_BTC = self.hidden(self.context.own(ids_BT), patterns, document_ids_BT)
         if labels_BT is None:
             return self.logits(hidden_BTC)
-        return self.loss(hidden_BTC, labels_BT)
+        return self.loss(hidden_BTC, self.context.own(labels_BT))
 
     def hidden(self, ids_BT: Tensor, patterns: Patterns | None = None, document_ids_BT: Tensor | None = None) -> Tensor:
         """Final normed hidden states (B, T, C) in the dtype of the matrices."""
@@ -98,16 +108,19 @@ class RATPlusLM(nn.Module):
         ``patterns`` are those of the whole model.
         """
         length = x_BTC.shape[1] * (self.ranks.size if self.ranks.sequence else 1)
-        rotary = self.rotary(torch.arange(length, device=x_BTC.device))
+        rotary = self.rotary(self.context.rank * length + torch.arange(length, device=x_BTC.device))
         own_patterns = (patterns or self.dense)[self.stage.start : self.stage.stop]
         for block, pattern in zip(self.blocks, own_patterns, strict=True):
             x_BTC = block(x_BTC, rotary, pattern, document_ids_BT)
         return self.ranks.enter(self.norm(x_BTC)) if self.is_last else x_BTC
 
     def loss(self, hidden_BTC: Tensor, labels_BT: Tensor) -> Tensor:
-        """Mean cross entropy of final hidden states, a scalar."""
-        loss, _ = self.embedding.cross_entropy(hidden_BTC.flatten(0, 1), labels_BT.flatten())
-        return loss
+        """Mean cross entropy of final hidden states, a scalar; of ranks that share sequences, such that their mean is that of all tokens."""
+        if self.context.size == 1:
+            return self.embedding.cross_entropy(hidden_BTC.flatten(0, 1), labels_BT.flatten())[0]
+        total, count = self.embedding.cross_entropy(hidden_BTC.flatten(0, 1), labels_BT.flatten(), reduction="sum")
+        everyones_count = comm.summed(count, self.context.group)
+        return total * self.context.size / everyones_count.clamp_min(1)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The start of the residual stream, (B, T, C); fp32 unless the config says otherwise (or the weights are wider)."""
@@ -147,7 +160,7 @@ def local_model(config: Config, mesh: Mesh) -> RATPlusLM:
     """This rank's part of a run's model, its weights not yet made."""
     stages = balance(layer_costs(config), head_cost(config), mesh.shape.pipeline)
     ranks = TensorParallel(mesh.group(TENSOR), config.parallel.sequence)
-    return RATPlusLM(config.model, ranks, stages[mesh.place.pipeline])
+    return RATPlusLM(config.model, ranks, ContextParallel(mesh.group(CONTEXT)), stages[mesh.place.pipeline])
 
 
 def _name_seed(seed: int, name: str) -> int:

@@ -21,6 +21,7 @@ from torch.nn import functional
 from megarat.model.layers import RMSNorm
 from megarat.model.pattern import LayerPattern
 from megarat.ops import ScanState, apply_rotary, dilated_attention, gated_scan
+from megarat.parallel.context import WHOLE, ContextParallel
 from megarat.parallel.tensor import ALONE, ColumnLinear, RowLinear, TensorParallel
 
 
@@ -37,11 +38,21 @@ class Projections(NamedTuple):
 class RATPlusMixer(nn.Module):
     """Token mixing of one block; (B, T, C) -> (B, T, C), the residual is added by the caller.
 
-    Ranks share the heads: H below is the number of this rank's heads, from ``first_head`` on. The mixing itself is theirs alone.
+    Ranks share the heads: H below is the number of this rank's heads, from ``first_head`` on. The mixing itself is theirs alone, unless ranks
+    share the sequence as well (``context``): then T are this rank's tokens, and the scan and the attention reach beyond them.
     """
 
-    def __init__(self, width: int, heads: int, eps: float, recurrence: bool, ranks: TensorParallel = ALONE) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        eps: float,
+        recurrence: bool,
+        ranks: TensorParallel = ALONE,
+        context: ContextParallel = WHOLE,
+    ) -> None:
         super().__init__()
+        self.context = context
         self.heads = ranks.share(heads)
         self.first_head = ranks.rank * self.heads
         self.head_dim = width // heads
@@ -62,7 +73,8 @@ class RATPlusMixer(nn.Module):
         Nothing crosses from one document into another where ``document_ids_BT`` (integers) differ.
         """
         projections = self.project(x_BTC)
-        q, k, v, _ = self.recur(projections, rotary, document_ids_BT=document_ids_BT)
+        before = None if projections.g is None else self.context.state_before(projections.k, projections.v, projections.g)
+        q, k, v, _ = self.recur(projections, rotary, before, document_ids_BT=document_ids_BT)
         return self.attend(projections.o, q, k, v, pattern, document_ids_BT)
 
     def project(self, x_BTC: Tensor) -> Projections:
@@ -103,12 +115,14 @@ class RATPlusMixer(nn.Module):
         document_ids_BT: Tensor | None = None,
     ) -> Tensor:
         """Attention over the visible keys, output gate and output projection: (B, T, C)."""
-        own_heads = slice(self.first_head, self.first_head + self.heads)
+        o_BTHK, q_BTHK, k_BTHK, v_BTHK = self.context.to_heads(o_BTHK, q_BTHK, k_BTHK, v_BTHK)
+        first = self.first_head + self.context.rank * q_BTHK.shape[2]
+        own_heads = slice(first, first + q_BTHK.shape[2])
         patterns = pattern[0].pattern if len(pattern) == 1 else pattern.per_head[own_heads]
         mixed = cast(
             Tensor, dilated_attention(q_BTHK, k_BTHK, v_BTHK, patterns, output_gate_BTHK=o_BTHK, document_ids_BT=document_ids_BT)
         )
-        return self.out_proj(mixed.flatten(-2))
+        return self.out_proj(self.context.to_tokens(mixed).flatten(-2))
 
 
 def document_starts(document_ids_BT: Tensor) -> Tensor:

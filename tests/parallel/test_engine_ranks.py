@@ -21,6 +21,7 @@ MESHES = {
     "tensor 2, ZeRO 1": {"tensor": 2, "zero": 1},
     "tensor 2 with sequence, ZeRO 3": {"tensor": 2, "zero": 3, "sequence": True},
     "pipeline 2": {"pipeline": 2},
+    "context 2, ZeRO 2": {"context": 2, "zero": 2},
 }
 
 

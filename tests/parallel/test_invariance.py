@@ -8,19 +8,18 @@ import torch
 from megarat.engine import Engine
 from megarat.mesh import Shape
 from megarat.parallel import invariance, worlds
+from megarat.parallel.context import ContextParallel
 from megarat.parallel.invariance import Case
 
-DATA, TENSOR, PIPELINE = Shape(data=2), Shape(tensor=2), Shape(pipeline=2)
+DATA, TENSOR, PIPELINE, CONTEXT = Shape(data=2), Shape(tensor=2), Shape(pipeline=2), Shape(context=2)
 
 
 def selection(world_size: int) -> list[Case]:
-    """Each mesh, ZeRO stage and sequence switch once; micro-batch sizes in turn."""
-    chosen: dict[tuple, Case] = {}
-    for index, case in enumerate(invariance.cases(world_size)):
-        chosen.setdefault(case[:3], case)
-        if index % 3 == 1:
-            chosen[case[:3]] = case
-    return list(chosen.values())
+    """Each mesh with and without sequence parallelism; ZeRO stages and micro-batch sizes in turn, all stages on up to two ranks."""
+    grouped: dict[tuple, list[Case]] = {}
+    for case in invariance.cases(world_size):
+        grouped.setdefault(case[: 2 if world_size > 2 else 3], []).append(case)
+    return [same[index % len(same)] for index, same in enumerate(grouped.values())]
 
 
 def failures(verdicts, chosen) -> list[str]:
@@ -38,8 +37,8 @@ def test_every_mesh_computes_what_one_process_of_plain_pytorch_does(world_size):
 def test_the_selection_covers_every_axis():
     for world_size in (2, 4):
         every, chosen = list(invariance.cases(world_size)), selection(world_size)
-        assert {case[:3] for case in chosen} == {case[:3] for case in every}
-        assert {case.micro_batch for case in chosen} == {1, 2}
+        for axis in (lambda case: case[:2], lambda case: case.zero, lambda case: case.micro_batch):
+            assert {axis(case) for case in chosen} == {axis(case) for case in every}
 
 
 def scale_a_layer_by_the_accumulation(engine: Engine) -> None:
@@ -97,6 +96,28 @@ def shift_the_labels_of_one_rank(engine: Engine) -> None:
         engine.model.embedding.first_row += 1
 
 
+def begin_every_segment_with_an_empty_state(engine: Engine) -> None:
+    """The recurrence starts anew on each rank that shares the sequence."""
+    for block in engine.model.blocks:
+        object.__setattr__(block.mixer, "context", WithoutState(block.mixer.context.group))
+
+
+class WithoutState(ContextParallel):
+    def state_before(self, *projections):
+        return None
+
+
+def weigh_segments_alike(engine: Engine) -> None:
+    """Each rank takes the mean over its own labels, although one of them has fewer."""
+    cross_entropy = engine.model.embedding.cross_entropy
+
+    def loss_of_own_mean(hidden, labels, reduction="mean"):
+        loss, _ = cross_entropy(hidden, labels, "mean")
+        return loss, torch.ones((), dtype=torch.int64)
+
+    engine.model.embedding.cross_entropy = loss_of_own_mean
+
+
 @pytest.mark.parametrize(
     ("case", "sabotage", "caught_by"),
     [
@@ -106,6 +127,8 @@ def shift_the_labels_of_one_rank(engine: Engine) -> None:
         (Case(PIPELINE, False, 1, 2), leave_the_copies_of_the_embedding_apart, ("gradients", "norms", "weights")),
         (Case(PIPELINE, False, 1, 2), count_the_embedding_on_both_stages, ("norms", "weights")),
         (Case(PIPELINE, False, 1, 2), run_the_last_stage_dense, ("gradients", "losses", "weights")),
+        (Case(CONTEXT, False, 1, 2), begin_every_segment_with_an_empty_state, ("gradients", "losses", "weights")),
+        (Case(CONTEXT, False, 2, 1), weigh_segments_alike, ("gradients", "losses", "weights")),
         (Case(DATA, False, 1, 2), drop_the_last_micro_batch_of_other_ranks, ("gradients", "norms", "weights")),
         (Case(DATA, False, 2, 1), drop_the_last_micro_batch_of_other_ranks, ("gradients", "norms", "weights")),
         (Case(DATA, False, 3, 2), drop_the_last_micro_batch_of_other_ranks, ("gradients", "norms", "weights")),
