@@ -101,7 +101,11 @@ def _add_eval(verbs: Any) -> None:
         default="ppl",
         help="comma-separated: 'ppl' (held-out loss), 'needle' (RULER's eight) or 'needle:single_1,…', 'harness:piqa,arc_easy,…'",
     )
-    parser.add_argument("--out", metavar="DIR", help="write results.json there")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="write results.json there; processes that evaluate the same there share the work, and go on with it",
+    )
     parser.add_argument("--shards", help="data to score (default: the run's own data.shards)")
     parser.add_argument("--split", default="validation", help="train or validation")
     parser.add_argument("--sequence-length", type=_positive, help="tokens of a sequence (default: as trained)")
@@ -224,6 +228,7 @@ def _adapt(arguments: argparse.Namespace) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     from megarat.eval.runner import EvalSettings, evaluate, table, write_results
+    from megarat.mesh import identify
 
     settings = EvalSettings(
         patterns=[_reading(text) for text in arguments.pattern],
@@ -242,7 +247,9 @@ def _eval(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         precision=arguments.precision,
     )
-    results = evaluate(arguments.checkpoint, settings)
+    results = evaluate(arguments.checkpoint, settings, arguments.out)
+    if identify(os.environ).rank > 0:
+        return
     print(table(results))
     if arguments.out:
         print(f"\nwritten: {write_results(results, arguments.out)}")

@@ -18,6 +18,7 @@ that are not asked for. Every sample is a pure function of (seed, split, task, i
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import re
@@ -96,6 +97,9 @@ class NeedleMaker:
         self._budget = prompt_tokens
         self._seed = seed
         self._essay = essay or made_up_essay()
+        self.identity = hashlib.sha256(
+            repr((seed, prompt_tokens, tokenizer.sha256, self._essay)).encode()
+        ).hexdigest()  # names its samples
 
     def sample(self, task: str, split: str, index: int) -> Sample:
         """Sample ``index`` of a split of a task. Raises ``UserError`` where even the bare question is longer than the budget."""

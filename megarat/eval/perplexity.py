@@ -8,18 +8,45 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megarat.data.loader import read_samples, to_micro_batch
+from megarat.data.plan import SequentialPlan
+from megarat.data.reader import Reader
 from megarat.errors import UserError
+from megarat.eval.queue import Item, short_hash
 from megarat.infer.cache import cache_bytes
 from megarat.infer.forward import hidden
 from megarat.infer.reading import Reading
 from megarat.model.lm import RATPlusLM
 from megarat.ops import linear_cross_entropy
+
+_PIECE = 16  # sequences of an item of work, at least
+
+
+class HeldOut:
+    """A corpus in sequences of ``length`` tokens that do not overlap, in order: as many as ``limit_tokens`` allow, but at least one.
+
+    Raises ``UserError`` where it is shorter than one sequence.
+    """
+
+    def __init__(self, reader: Reader, length: int, limit_tokens: int | None) -> None:
+        self.reader, self.length = reader, length
+        self._plan = SequentialPlan(reader.num_tokens, length)
+        self.sequences = self._plan.samples_per_epoch
+        if limit_tokens is not None:
+            self.sequences = min(self.sequences, max(1, limit_tokens // length))
+
+    def batch(self, rows: range) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of some sequences, each (b, T) int64."""
+        return to_micro_batch(read_samples(self.reader, self._plan, np.array(rows)), self.reader.eos_id)
 
 
 @dataclass(frozen=True)
@@ -38,27 +65,27 @@ class PatternScore:
         return asdict(self)
 
 
-@torch.no_grad()
-def score_patterns(
-    model: RATPlusLM, readings: Sequence[Reading], batches: Iterable[tuple[Tensor, Tensor]], length: int
-) -> list[PatternScore]:
-    """Score every pattern on the same ``batches`` of (inputs, labels), both (b, T) int64 on any device.
+def perplexity_items(model: RATPlusLM, readings: Sequence[Reading], corpus: HeldOut, batch: int) -> list[Item]:
+    """The corpus in pieces, each of them for all readings; ``batch`` sequences are computed at a time."""
+    piece = max(_PIECE, batch)
+    pieces = [range(first, min(first + piece, corpus.sequences)) for first in range(0, corpus.sequences, piece)]
+    prefix = "ppl-" + short_hash(f"{corpus.reader.identity}/{[str(reading) for reading in readings]}")
+    return [
+        Item(
+            f"{prefix}-{rows.start}-{rows.stop}",
+            len(rows) * corpus.length,
+            partial(_sum_losses, model, readings, corpus, rows, batch),
+        )
+        for rows in pieces
+    ]
 
-    ``length`` is T, for the cache size. Raises ``UserError`` when the batches hold no scored token.
-    """
-    totals = [0.0] * len(readings)
-    seconds = [0.0] * len(readings)
-    tokens = 0
-    device = model.embedding.weight.device
-    for inputs_BT, labels_BT in batches:
-        inputs_BT, labels_BT = inputs_BT.to(device), labels_BT.to(device)
-        tokens += int((labels_BT != -100).sum())
-        for index, reading in enumerate(readings):
-            start = time.perf_counter()
-            totals[index] += batch_loss(model, inputs_BT, labels_BT, reading)
-            seconds[index] += time.perf_counter() - start
+
+def combine(model: RATPlusLM, readings: Sequence[Reading], parts: Sequence[dict[str, Any]], length: int) -> list[PatternScore]:
+    """One row a reading from the items' results. Raises ``UserError`` when they hold no scored token."""
+    tokens = sum(part["tokens"] for part in parts)
     if tokens == 0:
         raise UserError("the evaluation corpus holds no token to score: every input token in it ends a document")
+    totals, seconds = (np.sum([part[key] for part in parts], axis=0).tolist() for key in ("totals", "seconds"))
     return [
         PatternScore(
             pattern=str(reading),
@@ -72,6 +99,21 @@ def score_patterns(
     ]
 
 
+def _sum_losses(model: RATPlusLM, readings: Sequence[Reading], corpus: HeldOut, rows: range, batch: int) -> dict[str, Any]:
+    """Summed cross entropy (nats) and time of each reading, and the scored tokens, over some sequences of the corpus."""
+    totals, seconds, tokens = [0.0] * len(readings), [0.0] * len(readings), 0
+    device = model.embedding.weight.device
+    for first in rows[::batch]:
+        inputs_BT, labels_BT = (part.to(device) for part in corpus.batch(range(first, min(first + batch, rows.stop))))
+        tokens += int((labels_BT != -100).sum())
+        for index, reading in enumerate(readings):
+            start = time.perf_counter()
+            totals[index] += batch_loss(model, inputs_BT, labels_BT, reading)
+            seconds[index] += time.perf_counter() - start
+    return {"totals": totals, "seconds": seconds, "tokens": tokens}
+
+
+@torch.no_grad()
 def batch_loss(model: RATPlusLM, inputs_BT: Tensor, labels_BT: Tensor, reading: Reading) -> float:
     """Summed cross entropy of one batch, in nats."""
     hidden_BTC = hidden(model, inputs_BT, reading)

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import megarat
 from megarat.checkpoint import load as checkpoints
-from megarat.data.loader import evaluation_batches
 from megarat.data.reader import TokenReader, check_vocabulary
 from megarat.data.store import join
 from megarat.errors import UserError
 from megarat.eval.harness import HarnessScore, check_tasks, run_harness
 from megarat.eval.likelihood import Scorer
 from megarat.eval.needle import ANSWER_TOKENS, NeedleMaker, read_essay
-from megarat.eval.perplexity import PatternScore, score_patterns
-from megarat.eval.retrieval import NeedleScore, prompts_of, score_needle
+from megarat.eval.perplexity import HeldOut, PatternScore, combine, perplexity_items
+from megarat.eval.queue import Item, Work, short_hash
+from megarat.eval.retrieval import NeedleRun, NeedleScore
 from megarat.eval.tasks import parse_tasks
 from megarat.infer.load import LoadedModel, load
 from megarat.infer.reading import Reading, ReadingSpec
 from megarat.infer.text import find_tokenizer
+from megarat.mesh import identify
 from megarat.model.pattern import PatternSpec
 
 RESULTS_SCHEMA = 1
@@ -55,32 +57,36 @@ class EvalSettings:
     progress: bool = True
 
 
-def evaluate(checkpoint: str | Path, settings: EvalSettings) -> dict[str, Any]:
-    """Results of every task and pattern as plain values (the schema is in ``docs/evaluation.md``)."""
+def evaluate(checkpoint: str | Path, settings: EvalSettings, out: str | Path | None = None) -> dict[str, Any]:
+    """Results of every task and pattern as plain values (the schema is in ``docs/evaluation.md``).
+
+    With ``out`` the work is shared with every other process that evaluates the same there, and goes on where an earlier one ended.
+    """
     tasks = parse_tasks(settings.tasks)
     if "harness" in tasks:
         check_tasks(settings.eval_data, tasks["harness"])
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[settings.precision]
-    model = load(checkpoint, None, settings.device, dtype)
+    model = load(checkpoint, None, _own_device(settings.device), dtype)
     readings = [model.reading(pattern) for pattern in settings.patterns or ["dense"]]
     state = checkpoints.load_state(model.checkpoint)
     length = settings.sequence_length or state.config.data.sequence_length
+    work = Work(None if out is None else Path(out) / "work" / _name_of_work(model, length, settings))
     rows: dict[str, Sequence[PatternScore | NeedleScore | HarnessScore]] = {}
     if "ppl" in tasks:
         data = state.config.data
         shards = settings.shards or data.validation or data.primary
         settings = replace(settings, limit_tokens=settings.limit_tokens or data.validation_tokens or None)
-        rows["ppl"] = _perplexity(model, readings, shards, length, settings)
+        rows["ppl"] = _perplexity(model, readings, shards, length, settings, work)
     if "needle" in tasks:
-        rows["needle"] = _needle(model, readings, tasks["needle"], length, settings)
+        rows["needle"] = _needle(model, readings, tasks["needle"], length, settings, work)
     if "harness" in tasks:
-        rows["harness"] = _harness(model, readings, tasks["harness"], length, settings)
+        rows["harness"] = _harness(model, readings, tasks["harness"], length, settings, work)
     return {
         "schema": RESULTS_SCHEMA,
         "megarat": megarat.__version__,
         "checkpoint": {"path": str(model.checkpoint), "pair": state.pair, "tokens": state.tokens},
         "model": {"layers": model.config.layers, "hidden": model.config.hidden, "heads": model.config.heads},
-        "device": str(model.device),
+        "device": model.device.type,
         "dtype": str(model.lm.embedding.weight.dtype).removeprefix("torch."),
         "sequence_length": length,
         "tasks": {task: [row.to_dict() for row in task_rows] for task, task_rows in rows.items()},
@@ -88,51 +94,67 @@ def evaluate(checkpoint: str | Path, settings: EvalSettings) -> dict[str, Any]:
 
 
 def _perplexity(
-    model: LoadedModel, readings: list[Reading], shards: str, length: int, settings: EvalSettings
+    model: LoadedModel, readings: list[Reading], shards: str, length: int, settings: EvalSettings, work: Work
 ) -> list[PatternScore]:
     if settings.split not in SPLITS:
         raise UserError(f"--split: {settings.split!r}; expected {' or '.join(SPLITS)}")
     reader = TokenReader(join(shards, settings.split))
     check_vocabulary(reader.index, model.config.vocab)
-    batches = evaluation_batches(reader, length, settings.micro_batch, settings.limit_tokens)
-    total = min(reader.num_tokens, settings.limit_tokens or reader.num_tokens) // length * length
-    with tqdm(total=total, desc="perplexity", unit="tok", unit_scale=True, disable=not settings.progress) as bar:
-        return score_patterns(model.lm, readings, _counted(batches, bar), length)
+    items = perplexity_items(model.lm, readings, HeldOut(reader, length, settings.limit_tokens), settings.micro_batch)
+    return combine(model.lm, readings, _run(work, items, "perplexity", "tok", settings), length)
 
 
 def _needle(
-    model: LoadedModel, readings: list[Reading], tasks: Sequence[str], length: int, settings: EvalSettings
+    model: LoadedModel, readings: list[Reading], tasks: Sequence[str], length: int, settings: EvalSettings, work: Work
 ) -> list[NeedleScore]:
     tokenizer = find_tokenizer(model, settings.tokenizer)
     essay = read_essay(settings.needle_text) if settings.needle_text else None
     maker = NeedleMaker(tokenizer, length - ANSWER_TOKENS, seed=settings.seed, essay=essay)
-    rows: list[NeedleScore] = []
-    total = len(tasks) * len(readings) * settings.samples
-    with tqdm(total=total, desc="needle", unit="prompt", disable=not settings.progress) as bar:
-        for task in tasks:
-            prompts = prompts_of(maker, tokenizer, task, settings.samples, model.config.vocab)
-            rows += score_needle(model.lm, readings, task, prompts, tokenizer, settings.micro_batch, bar.update)
-    return rows
+    run = NeedleRun(model.lm, maker, tokenizer, samples=settings.samples, batch=settings.micro_batch)
+    groups = [(task, reading, run.items(task, reading)) for task in tasks for reading in readings]
+    results = iter(_run(work, [item for _, _, items in groups for item in items], "needle", "prompt", settings))
+    return [run.combine(task, reading, [next(results) for _ in items]) for task, reading, items in groups]
 
 
 def _harness(
-    model: LoadedModel, readings: list[Reading], tasks: Sequence[str], length: int, settings: EvalSettings
+    model: LoadedModel, readings: list[Reading], tasks: Sequence[str], length: int, settings: EvalSettings, work: Work
 ) -> list[HarnessScore]:
     folder = check_tasks(settings.eval_data, tasks)
     tokenizer = find_tokenizer(model, settings.tokenizer)
-    rows: list[HarnessScore] = []
-    for reading in readings:
+
+    def score(reading: Reading, task: str) -> dict[str, Any]:
         scorer = Scorer(model.lm, reading, tokenizer, batch=settings.micro_batch, max_length=length)
-        with tqdm(desc=f"harness, {reading}", unit="request", disable=not settings.progress) as bar:
-            scorer.on_answers = bar.update
-            rows += run_harness(scorer, str(reading), tasks, folder, settings.limit)
-    return rows
+        return run_harness(scorer, str(reading), [task], folder, settings.limit)[0].to_dict()
+
+    items = [
+        Item(f"harness-{task}-{short_hash(str(reading))}", 1, partial(score, reading, task))
+        for reading in readings
+        for task in tasks
+    ]
+    return [HarnessScore(**row) for row in _run(work, items, "harness", "task", settings)]
 
 
-def _counted(batches: Iterator[tuple[Tensor, Tensor]], bar: tqdm[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    for inputs_BT, labels_BT in batches:
-        yield inputs_BT, labels_BT
-        bar.update(inputs_BT.numel())
+def _run(work: Work, items: list[Item], name: str, unit: str, settings: EvalSettings) -> list[dict[str, Any]]:
+    """All items' results, with a progress bar on the first process."""
+    hidden = not settings.progress or identify(os.environ).rank > 0
+    with tqdm(total=sum(item.size for item in items), desc=name, unit=unit, unit_scale=True, disable=hidden) as bar:
+        return work.run(items, bar.update)
+
+
+def _name_of_work(model: LoadedModel, length: int, settings: EvalSettings) -> str:
+    """A name that is the same for processes and runs that may share results: what can change one goes into it, or into the items' names."""
+    free = {"patterns", "tasks", "device", "progress"}
+    chosen = {name: value for name, value in asdict(settings).items() if name not in free}
+    dtype = str(model.lm.embedding.weight.dtype)
+    named = (megarat.__version__, checkpoints.identity(model.checkpoint), dtype, length, chosen)
+    return short_hash(repr(named))
+
+
+def _own_device(device: str | None) -> str | None:
+    """This process's GPU where several processes of a host each take one."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return device
+    return f"cuda:{identify(os.environ).local_rank % torch.cuda.device_count()}"
 
 
 def write_results(results: dict[str, Any], folder: str | Path) -> Path:

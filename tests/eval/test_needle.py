@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from megarat import cli
+from megarat.config import ModelConfig
 from megarat.errors import UserError
 from megarat.eval import retrieval
 from megarat.eval.needle import ANSWER_TOKENS, NEEDLE_TASKS, NeedleMaker, read_essay, ruler_score, set_score
-from megarat.eval.retrieval import answer, prompts_of, score_needle
+from megarat.eval.retrieval import NeedleRun, answer
 from megarat.eval.tasks import parse_tasks
 from megarat.infer.reading import Reading
+from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import resolve
 
 HIDDEN = re.compile(r"One of the special magic (numbers|uuids) for (\S+) is: (\S+)\.(?=\s|$)")
@@ -41,7 +43,7 @@ RULER = {
 class Bytes:
     """A tokenizer whose ids are the bytes of UTF-8, 0 being EOS."""
 
-    eos_id, vocab_size, file = 0, 256, Path("bytes")
+    eos_id, vocab_size, file, sha256 = 0, 256, Path("bytes"), "0" * 64
 
     def encode(self, texts):
         return [list(text.encode()) for text in texts]
@@ -186,33 +188,40 @@ def test_what_is_no_task_is_refused(text, message):
 # ---- through a model --------------------------------------------------------------------------------------------------------
 
 
+def needle_run(model, budget: int, samples: int, batch: int = 8) -> NeedleRun:
+    return NeedleRun(model, maker(budget), Bytes(), samples=samples, batch=batch)
+
+
 def test_a_batch_of_unequal_prompts_answers_like_each_alone(published, monkeypatch):
     monkeypatch.setattr(retrieval, "ANSWER_TOKENS", 12)
     reading = Reading(resolve("D=8,W=4,I=2", 2, 2))
-    prompts = [*prompts_of(maker(600), Bytes(), "single_1", 2, 512), *prompts_of(maker(420), Bytes(), "single_2", 1, 512)]
+    prompts = [*needle_run(published, 600, 2).prompts("single_1", 0, 2), *needle_run(published, 420, 1).prompts("single_2", 0, 1)]
     assert len({len(prompt.ids) for prompt in prompts}) > 1
     together = answer(published, reading, prompts, Bytes(), batch=2)
     assert together == [answer(published, reading, [prompt], Bytes(), batch=1)[0] for prompt in prompts]
 
 
-def test_scores_are_means_over_the_samples(published, monkeypatch):
-    """The model's part is played by a script: it gives every answer but those to each fourth prompt."""
-    prompts = prompts_of(maker(700), Bytes(), "multivalue", 8, 512)
+def test_scores_are_means_over_the_samples_of_all_items(published, monkeypatch):
+    """The model's part is played by a script: it gives every answer but those to each fourth prompt of an item."""
+    monkeypatch.setattr(retrieval, "_PIECE", 5)
+    run = needle_run(published, 700, samples=13, batch=2)
 
-    def answers(model, reading, asked, tokenizer, batch, on_answers):
-        on_answers(len(asked))
+    def answers(model, reading, asked, tokenizer, batch):
         return ["" if index % 4 == 0 else prompt.sample.target for index, prompt in enumerate(asked)]
 
     monkeypatch.setattr(retrieval, "answer", answers)
-    answered = []
-    [row] = score_needle(published, [Reading(resolve("D=4", 2, 2))], "multivalue", prompts, Bytes(), 3, answered.append)
-    assert (row.ruler, row.exact, row.samples, sum(answered)) == (0.75, 0.75, 8, 8)
-    assert row.prompt_tokens == max(len(prompt.ids) for prompt in prompts)
+    reading = Reading(resolve("D=4", 2, 2))
+    items = run.items("multivalue", reading)
+    assert [item.size for item in items] == [5, 5, 3] and len({item.name for item in items}) == 3
+    row = run.combine("multivalue", reading, [item.run() for item in items])
+    assert (row.ruler, row.exact, row.samples) == (pytest.approx(8 / 13), pytest.approx(8 / 13), 13)  # 2 + 2 + 1 are wrong
+    assert row.prompt_tokens == max(len(prompt.ids) for prompt in run.prompts("multivalue", 0, 13))
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused():
+    small = RATPlusLM(ModelConfig(layers=1, hidden=16, heads=2, vocab=128))
     with pytest.raises(UserError, match="bytes: has 256 entries, but the model's vocabulary has 128"):
-        prompts_of(maker(), Bytes(), "single_1", 1, 128)
+        needle_run(small, 600, 1)
 
 
 def test_the_command_writes_one_row_a_pattern_and_task(golden_pth, tmp_path, capsys, monkeypatch):
