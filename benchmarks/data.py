@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.measure import ROOT, _first_line
+from benchmarks.measure import ROOT
 
 DOCUMENT = ROOT / "docs" / "data.md"
 MARKERS = ("<!-- measured: begin -->", "<!-- measured: end -->")
@@ -279,16 +279,15 @@ def _measure_processes(folder: Path, tokenizer_path: Path, text: Path, options: 
     for attempt in range(3):
         with stopwatch() as elapsed:
             build([text], tokenizer_path, folder / f"again{attempt}", options, workers=cores, progress=False)
-            builds.append(elapsed())
+            builds.append(elapsed()[1])
         with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool, stopwatch() as elapsed:
             encoded = sum(pool.map(_encode_share, [(tokenizer_path, text, n, cores) for n in range(cores)]))
             pool.shutdown()
-            alone.append(elapsed())
-    (wall, cpu), (own_wall, own_cpu) = (tuple(map(min, zip(*times, strict=True))) for times in (builds, alone))
+            alone.append(elapsed()[1])
     return Row(
         f"build_shards with {cores} processes against {cores} processes that only encode, starts included",
-        f"{tokens / wall / 1e3:.0f}k against {encoded / own_wall / 1e3:.0f}k tokens/s of wall clock ({own_wall / wall:.0%}),"
-        f" {tokens / cpu / 1e3:.0f}k against {encoded / own_cpu / 1e3:.0f}k a processor second ({own_cpu / cpu:.0%})",
+        f"{tokens / min(builds) / 1e3:.0f}k against {encoded / min(alone) / 1e3:.0f}k tokens a processor second"
+        f" ({min(alone) / min(builds) * tokens / encoded:.0%})",
     )
 
 
@@ -374,11 +373,16 @@ def table(rows: list[Row], command: str) -> str:
     cores = len(os.sched_getaffinity(0))
     load = os.getloadavg()[1]
     head = (
-        f"`{command}`, commit {_first_line(['git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD'])}, Python"
+        f"`{command}`, commit {_commit()}, Python"
         f" {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}; {_processor()}, {cores} cores, load"
         f" {load:.1f} from other work and this:"
     )
     return "\n".join([head, "", "| what | measured |", "|---|---|", *(f"| {row.what} | {row.value} |" for row in rows)])
+
+
+def _commit() -> str:
+    asked = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or "unknown"
 
 
 def _processor() -> str:

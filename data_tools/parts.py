@@ -30,8 +30,6 @@ from megarat.data.tokenizer import Tokenizer
 
 PART_BYTES = 1 << 28  # of input as stored: a minute or so of one core's tokenising
 
-DigestArray = npt.NDArray[np.uint64]  # (n, 2)
-
 _INDEPENDENT = ("block_tokens", "shard_tokens")  # options that only decide how the stream of tokens is cut
 
 
