@@ -25,6 +25,7 @@ from megarat.ops import (
     dilated_attention,
     gated_scan,
     linear_cross_entropy,
+    output_gate,
     rotary_tables,
 )
 from megarat.ops.cross_entropy import linear_cross_entropy_ref
@@ -351,5 +352,19 @@ def test_rotation_of_a_strided_view_and_its_gradient_match_float64(tables, dtype
         leaf = leaf.requires_grad_()
         out = apply_rotary(leaf, cos, sin, backend=backend)
         return out, *torch.autograd.grad(out, leaf, dout.to(compute))
+
+    assert_close(run(dtype, "triton"), run(torch.float64, "reference"), dtype, outputs=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_gate_of_a_strided_view_and_its_gradients_match_float64(dtype):
+    x = torch.randn(2, 5, 3, 48, device=DEVICE).to(dtype)
+    gate = torch.randn(2, 5, 4, 3, 48, device=DEVICE).to(dtype)[:, :, 2]
+    dout = torch.randn(x.shape, device=DEVICE).to(dtype)
+
+    def run(compute, backend):
+        inputs = [t.detach().to(compute).requires_grad_() for t in (x, gate)]
+        out = output_gate(*inputs, backend=backend)
+        return out, *torch.autograd.grad(out, inputs, dout.to(compute))
 
     assert_close(run(dtype, "triton"), run(torch.float64, "reference"), dtype, outputs=1)
