@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny_run
@@ -189,12 +192,25 @@ def test_a_missing_gpu_is_named():
         mesh.start("cuda")
 
 
-def test_two_torchrun_processes_find_each_other():
-    program = (
-        "import torch; from megarat import mesh; here = mesh.start('cpu'); total = torch.ones(()) * (here.rank + 1); "
-        "torch.distributed.all_reduce(total); print(f'{here.shape.data}:{int(total)} ', end='', flush=True); torch.distributed.destroy_process_group()"
+PROGRAM = (
+    "import torch; from megarat import mesh; here = mesh.start('cpu'); total = torch.ones(()) * (here.rank + 1); "
+    "torch.distributed.all_reduce(total); print(f'{here.shape.data}:{int(total)} ', end='', flush=True)"
+)
+TORCHRUN_TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(TORCHRUN_TWO, id="torchrun"),
+        pytest.param([MPIRUN, "-np", "2"], id="mpirun", marks=pytest.mark.skipif(MPIRUN is None, reason="no mpirun")),
+    ],
+)
+def test_two_processes_find_each_other(launcher):
+    environment = {name: value for name, value in os.environ.items() if name not in mesh._LAUNCHERS["torchrun"]}
+    done = subprocess.run(
+        [*launcher, sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=False, env=environment
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
-    done = subprocess.run([*command, sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2:3", "2:3"]
