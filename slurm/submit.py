@@ -63,7 +63,7 @@ class Site:
         if done.returncode:
             raise Refused(f"sbatch: {done.stderr.strip()}")
         job = done.stdout.strip().partition(";")[0]
-        print(f"{name}: job {job}, log {str(output).replace('%j', job).replace('%A', job)}")
+        print(f"{name}: job {job}, log {str(output).replace('%x', name).replace('%j', job).replace('%A', job)}")
         return job
 
     def _environment(self) -> dict[str, str]:

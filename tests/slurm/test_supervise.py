@@ -49,7 +49,7 @@ class Submitted(NamedTuple):
         return (self.run / "job.out").read_text()
 
     def listens(self, ranks: int = 1) -> None:
-        wait_until(lambda: len(list(self.run.glob("listening-*"))) == ranks, 30, f"{self.run} to listen")
+        wait_until(lambda: len(list(self.run.glob("listening-*"))) == ranks, 60, f"{self.run} to listen")
 
 
 # What the starts of each run do, and options of its job. They are submitted together, for most of their time goes by in the queue.
