@@ -227,6 +227,7 @@ def _adapt(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
+    from megarat.eval.report import write_report
     from megarat.eval.runner import EvalSettings, evaluate, table, write_results
     from megarat.mesh import identify
 
@@ -252,7 +253,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         return
     print(table(results))
     if arguments.out:
-        print(f"\nwritten: {write_results(results, arguments.out)}")
+        print(f"\nwritten: {write_results(results, arguments.out)}, {write_report(results, arguments.out)}")
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -84,7 +84,12 @@ def evaluate(checkpoint: str | Path, settings: EvalSettings, out: str | Path | N
     return {
         "schema": RESULTS_SCHEMA,
         "megarat": megarat.__version__,
-        "checkpoint": {"path": str(model.checkpoint), "pair": state.pair, "tokens": state.tokens},
+        "checkpoint": {
+            "path": str(model.checkpoint),
+            "pair": state.pair,
+            "tokens": state.tokens,
+            "content": checkpoints.identity(model.checkpoint),
+        },
         "model": {"layers": model.config.layers, "hidden": model.config.hidden, "heads": model.config.heads},
         "device": model.device.type,
         "dtype": str(model.lm.embedding.weight.dtype).removeprefix("torch."),

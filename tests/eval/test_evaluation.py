@@ -134,7 +134,8 @@ def test_another_split_is_another_corpus(checkpoint, shards):
 def test_results_are_the_documented_schema(results, checkpoint, tmp_path):
     assert list(results) == ["schema", "megarat", "checkpoint", "model", "device", "dtype", "sequence_length", "tasks"]
     assert results["schema"] == 1 and results["megarat"] == megarat.__version__
-    assert results["checkpoint"] == {"path": str(checkpoint), "pair": 12, "tokens": 0}
+    content = json.loads((checkpoint / "manifest.json").read_text())["sha256"]
+    assert results["checkpoint"] == {"path": str(checkpoint), "pair": 12, "tokens": 0, "content": content}
     assert results["model"] == {"layers": 2, "hidden": 256, "heads": 2}
     assert (results["device"], results["dtype"], results["sequence_length"]) == ("cpu", "float32", LENGTH)
     assert all(list(row) == [field.name for field in dataclasses.fields(PatternScore)] for row in results["tasks"]["ppl"])
