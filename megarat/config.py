@@ -164,6 +164,10 @@ class ParallelConfig:
     pipeline: int = setting(1, "Pipeline stages.")
     context: int = setting(1, "Ranks that share each sequence.")
     zero: int = setting(1, "DeepSpeed ZeRO stage 1, 2 or 3.")
+    recompute: Literal["off", "full"] = setting(
+        "off",
+        "`full` recomputes each layer's activations in the backward: a third more arithmetic, one residual stream a layer kept.",
+    )
     sequence: bool = setting(
         False,
         "Norms and residual stream on 1/`tensor` of each sequence (Megatron's sequence parallelism): less memory, the same traffic.",

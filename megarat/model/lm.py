@@ -7,11 +7,14 @@ Shapes: B batch, T length, C width, V vocabulary, R rotary angles of a head.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megarat import comm
 from megarat.config import Config, ModelConfig
@@ -63,6 +66,9 @@ class RATPlusLM(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context
+        self.recompute = (
+            False  # of each layer's activations in the backward: 4/3 of the arithmetic, one residual stream a layer kept
+        )
         self.config = config
         self.ranks = ranks
         self.stage = range(config.layers) if stage is None else stage
@@ -111,7 +117,8 @@ class RATPlusLM(nn.Module):
         rotary = self.rotary(self.context.rank * length + torch.arange(length, device=x_BTC.device))
         own_patterns = (patterns or self.dense)[self.stage.start : self.stage.stop]
         for block, pattern in zip(self.blocks, own_patterns, strict=True):
-            x_BTC = block(x_BTC, rotary, pattern, document_ids_BT)
+            run = _recomputing(block) if self.recompute and torch.is_grad_enabled() else block
+            x_BTC = run(x_BTC, rotary, pattern, document_ids_BT)
         return self.ranks.enter(self.norm(x_BTC)) if self.is_last else x_BTC
 
     def loss(self, hidden_BTC: Tensor, labels_BT: Tensor) -> Tensor:
@@ -156,11 +163,18 @@ class RATPlusLM(nn.Module):
         return self
 
 
+def _recomputing(block: Block) -> Callable[..., Tensor]:
+    """The layer, of which only the inputs are kept for the backward (there are no random numbers to draw again)."""
+    return functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+
+
 def local_model(config: Config, mesh: Mesh) -> RATPlusLM:
     """This rank's part of a run's model, its weights not yet made."""
     stages = balance(layer_costs(config), head_cost(config), mesh.shape.pipeline)
     ranks = TensorParallel(mesh.group(TENSOR), config.parallel.sequence)
-    return RATPlusLM(config.model, ranks, ContextParallel(mesh.group(CONTEXT)), stages[mesh.place.pipeline])
+    model = RATPlusLM(config.model, ranks, ContextParallel(mesh.group(CONTEXT)), stages[mesh.place.pipeline])
+    model.recompute = config.parallel.recompute == "full"
+    return model
 
 
 def _name_seed(seed: int, name: str) -> int:

@@ -72,6 +72,36 @@ def course(precision: str, parallel: dict) -> list[Update]:
     return [engine.update(own, patterns, LR) for _ in range(3) for patterns in (settings.sparse_patterns, settings.patterns)]
 
 
+def gradients(parallel: dict) -> dict[str, torch.Tensor]:
+    engine, own = build("fp32", parallel)
+    patterns = tiny_run.config().sparse_patterns
+    assert patterns is not None
+    return engine.gradients(own, patterns)
+
+
+@pytest.mark.parametrize("mesh", ["data 2, ZeRO 3", "tensor 2 with sequence, ZeRO 3", "pipeline 2", "context 2, ZeRO 2"])
+def test_recomputed_activations_give_the_same_gradients_bit_for_bit(mesh):
+    kept, _ = worlds.run(2, gradients, MESHES[mesh])
+    recomputed, _ = worlds.run(2, gradients, MESHES[mesh] | {"recompute": "full"})
+    for name, gradient in kept.items():
+        assert torch.equal(recomputed[name], gradient), name
+
+
+def test_recomputing_runs_each_layer_twice_a_pass():
+    settings = tiny_run.config()
+    calls = {}
+    for recompute in (False, True):
+        model = tiny_run.model(settings)
+        model.recompute = recompute
+        runs = []
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        ids, labels = tiny_run.micro_batches(1)[0]
+        model(ids, None, labels).backward()
+        calls[recompute] = len(runs)
+    assert calls == {False: tiny_run.LAYERS, True: 2 * tiny_run.LAYERS}
+
+
 def test_bf16_losses_stay_near_those_of_one_fp32_process():
     (expected,) = worlds.run(1, course, "fp32", {})
     for mesh, parallel in MESHES.items():
