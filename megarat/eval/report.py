@@ -66,6 +66,8 @@ def _draw(tasks: dict[str, list[dict[str, Any]]], path: Path) -> bool:
             axes.annotate(pattern, (size / 2**20, value), textcoords="offset points", xytext=(5, 4), fontsize=8)
         axes.set_xscale("log")
         axes.margins(x=0.25, y=0.15)
+        if name.endswith("(%)"):
+            axes.set_ylim(-3, 108)  # all of it, and room for the names
         axes.set(xlabel="cache of one sequence (MiB)", ylabel=name)
         axes.grid(alpha=0.3)
     FigureCanvasAgg(figure).print_png(str(path))
