@@ -94,6 +94,8 @@ def pretrain(arguments: argparse.Namespace) -> None:
     job = site.sbatch(
         "pretrain.sbatch", [str(run_dir), str(config)], f"pretrain-{run_dir.name}", run_dir / "slurm/%x-%j.out", signal=notice(arguments, plan)
     )  # fmt: skip
+    if not arguments.dry_run:
+        record(run_dir, job)
     if adaptation:
         _adapt_and_evaluate(site, adaptation, run_dir, job)
     print(f"look at it: megarat status {run_dir}")
@@ -145,6 +147,14 @@ def _adapt_and_evaluate(site: Site, plan: dict[str, Any], parent: Path, after: s
     )  # fmt: skip
     site.sbatch("report.sbatch", [str(base)], f"report-{base.name}", logs / "%x-%j.out", dependency=f"afterany:{evaluation}")
     print(f"the report will be {base / 'report.md'}")
+
+
+def record(run_dir: Path, job: str) -> None:
+    """Let ``megarat status`` know of a job that waits for its first start."""
+    with (run_dir / "slurm/history.jsonl").open("a", encoding="utf-8") as file:
+        file.write(
+            json.dumps({"event": "submitted", "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "job": job}) + "\n"
+        )
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def runs(cluster, tmp_path_factory) -> Runs:
     return Runs(base, stopped, whole, {name.partition("-")[0]: job_in(printed, name) for name in names})
 
 
-def test_stopped_and_killed_a_run_goes_on_exactly_and_a_second_one_is_refused(cluster, runs):
+def test_stopped_and_killed_a_run_goes_on_exactly_and_a_second_one_is_refused(cluster, runs, monkeypatch):
     run = runs.base / "stopped"
     wait_until((run / "lock").exists, PATIENCE, "the run to begin")
     second = job_in(submit(cluster, runs.base, "pretrain", "stopped.yaml"), "pretrain-stopped")
@@ -99,7 +99,10 @@ def test_stopped_and_killed_a_run_goes_on_exactly_and_a_second_one_is_refused(cl
     wait_until(lambda: len(endings(run, runs.stopped)) == 1, PATIENCE, "the run to stop")
     stopped_at = endings(run, runs.stopped)[0][1]
     wait_until(lambda: recorded(run) > stopped_at + 30, PATIENCE, "30 more pairs")
-    assert read(run).restarts >= 1 and read(run).pairs == PAIRS
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    status = read(run)
+    assert status.restarts >= 1 and status.pairs == PAIRS and status.checkpoint
+    assert status.jobs[runs.stopped].startswith("RUNNING on n[1-2], ") and "of its limit left" in status.jobs[runs.stopped]
     os.kill(second_rank(run), signal.SIGKILL)
     for job in (runs.stopped, runs.whole):
         cluster.wait_for_state(job, "COMPLETED", "FAILED", seconds=PATIENCE)
