@@ -70,8 +70,8 @@ def _await(link_C, R, stream, BH: tl.constexpr):
     """The four (C,) vectors of a link, polled until no entry is EMPTY; volatile loads read the L2, never a stale L1 line.
 
     Threads that hold copies of one entry may poll it at different times, so a vote must come from every copy or there must be none.
-    Up to 32 channels every warp holds whole vectors and votes for itself. Beyond, all four vectors are polled as one tile, which has an
-    entry or more for each of up to 128 BH / 32 threads, hence no copies.
+    Up to 32 channels every warp holds whole vectors and votes for itself. Beyond, all four vectors are polled as one tile, which has at
+    least one entry for each of up to 4 BH threads, hence no copies.
     """
     if BH <= 32:
         k_ptr, v_ptr = link_C.to(tl.pointer_type(tl.int32)), (link_C + stream).to(tl.pointer_type(tl.int32))
@@ -430,6 +430,7 @@ def _launch_shape(tile: Tile, like_BTHK: Tensor) -> tuple[tuple[int], int, dict[
     most_pairs, segments, steps, warps, registers = tile
     batch, length, heads, channels = like_BTHK.shape
     pairs = next(p for p in (64, 32, 16, 8) if p <= most_pairs and channels % (2 * p) == 0)  # channels are a multiple of 16
+    assert pairs <= 32 or 32 * warps <= 4 * pairs, "more threads than link entries: see _await"
     blocks = triton.cdiv(length, segments * steps)
     options = {"R": channels // 2, "BH": pairs, "S": segments, "L": steps, "num_warps": warps, "maxnreg": registers}
     grid = batch * heads * (channels // 2 // pairs) * blocks
