@@ -112,6 +112,9 @@ class Plan:
     def compute_seconds(self, gpu: Gpu) -> float:
         """Arithmetic of a pair, the bubble included."""
         rate = self.shape.size * gpu.flops * self.efficiency
+        rate *= (
+            1.0 if self.config.parallel.recompute == "off" else 3 / 4
+        )  # another forward beside forward and backward (twice as much)
         return self.tokens_per_pair * pair_flops_per_token(self.config) / rate / (1 - self.bubble)
 
     def communication_seconds(self, gpu: Gpu) -> dict[str, float]:
@@ -175,7 +178,12 @@ def activation_bytes(config: Config, shape: Shape) -> float:
     split = _SPLIT_MIXER + 4 * model.ffn_multiple
     whole = _WHOLE / (shape.tensor if config.parallel.sequence else 1)
     scale = 2.0 if config.train.precision == "fp32" else 1.0
-    return scale * (whole + split / shape.tensor) * model.hidden * _tokens(config, shape) * layers * in_flight
+    one_layer = scale * (whole + split / shape.tensor) * model.hidden * _tokens(config, shape)
+    if config.parallel.recompute == "off":
+        return one_layer * layers * in_flight
+    return (
+        one_layer + 4.0 * model.hidden * _tokens(config, shape) * layers * in_flight
+    )  # each layer's fp32 input, and one layer anew
 
 
 def loss_bytes(config: Config, shape: Shape) -> float:
