@@ -6,6 +6,8 @@ from pathlib import Path
 
 from megarat.checkpoint.save import save_imported
 from megarat.checkpoint.upstream import read_upstream
+from megarat.data.tokenizer import load_tokenizer
+from megarat.errors import UserError
 
 
 def import_upstream(source: str | Path, out: str | Path, tokenizer: str | Path | None = None) -> str:
@@ -14,6 +16,8 @@ def import_upstream(source: str | Path, out: str | Path, tokenizer: str | Path |
     Only weights are taken (fp32 as stored). Raises ``UserError`` for files that are no such checkpoint and for an ``out`` that exists.
     """
     model, weights, told = read_upstream(source)
+    if tokenizer is not None and (entries := load_tokenizer(tokenizer).vocab_size) > model.vocab:
+        raise UserError(f"--tokenizer {tokenizer}: has {entries} entries, but the model's vocabulary has {model.vocab}")
     folder = save_imported(
         Path(out), model, weights, source=Path(source), told=told, tokenizer=None if tokenizer is None else Path(tokenizer)
     )

@@ -166,11 +166,11 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Held], group: ProcessGrou
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    if source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        target.mkdir()
-        shutil.copy(source, target)
+    """A tokenizer's file, or the files of its folder; not what lies below it, which may be this very checkpoint."""
+    target.mkdir()
+    for file in sorted(source.iterdir()) if source.is_dir() else [source]:
+        if file.is_file():
+            shutil.copy(file, target)
 
 
 @contextlib.contextmanager

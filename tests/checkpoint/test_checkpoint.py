@@ -274,3 +274,11 @@ def test_a_tokenizer_folder_is_copied(tmp_path):
     folder = save(tmp_path / "checkpoints", saved)
     assert (load.tokenizer_folder(folder) / "tokenizer.json").read_text() == "{}"
     assert "tokenizer/tokenizer.json" in read_manifest(folder)
+
+
+def test_a_checkpoint_may_be_written_below_its_tokenizers_folder(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"tokens")
+    out = tmp_path / "models" / "imported"
+    save_imported(out, CONFIG.model, dict(snapshot().masters), source=tmp_path / "old.pth", told=TOLD, tokenizer=tmp_path)
+    assert [file.name for file in load.tokenizer_folder(out).iterdir()] == ["tokenizer.model"]
+    assert "good" in load.verify(out)
