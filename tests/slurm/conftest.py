@@ -11,3 +11,12 @@ def cluster():
         pytest.skip(f"no Slurm here: {reason}")
     with slurm.running(nodes=4) as running:
         yield running
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_ranks_in_the_environment():
+    """A job inherits the environment of whoever submits it, and this process may have started a mesh of one rank before."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            patch.delenv(name, raising=False)
+        yield
