@@ -52,7 +52,7 @@ def recorded(run: Path) -> int:
 def submit(cluster, base: Path, *arguments: str, check: bool = True) -> str:
     """Standard output and error of submit.py."""
     command = [sys.executable, str(SUBMIT), *arguments, "--time=30:00"]
-    environment = {**os.environ, **cluster.environment, "MEGARAT_RANK_WAIT": "3"}
+    environment = {**os.environ, **cluster.environment, "MEGARAT_RANK_WAIT": "30"}
     done = subprocess.run(command, cwd=base, env=environment, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr
     return done.stdout + done.stderr

@@ -81,7 +81,7 @@ def jobs(cluster, tmp_path_factory) -> dict[str, Submitted]:
         run = base / name
         (run / "checkpoints").mkdir(parents=True)
         (run / "script").write_text("\n".join(script))
-        settings = {"MEGARAT_ROOT": str(base / "tree"), "MEGARAT_PYTHON": sys.executable, "MEGARAT_RANK_WAIT": "3", **changes}
+        settings = {"MEGARAT_ROOT": str(base / "tree"), "MEGARAT_PYTHON": sys.executable, "MEGARAT_RANK_WAIT": "10", **changes}
         options = ["--parsable", f"--chdir={base}", f"--output={run}/job.out", *settings.pop("options", "--nodelist=n1").split()]
         job = cluster.command(
             "sbatch", *options, str(base / "tree/slurm/pretrain.sbatch"), str(run), "config.yaml", env={**os.environ, **settings}
@@ -185,7 +185,11 @@ def test_tasks_of_an_array_are_requeued_alone(cluster, jobs, tmp_path):
 def test_slurms_own_signal_before_the_time_limit(cluster, jobs):
     limited = jobs["time limit"]
     assert cluster.wait_for_state(limited.job, "COMPLETED", "FAILED", "TIMEOUT", seconds=90) == "COMPLETED"
-    assert limited.endings == [("stopped", 4), ("done", 8)] and "SIGUSR1" in limited.log
+    assert [kind for kind, _ in limited.endings] == [
+        "stopped",
+        "done",
+    ]  # Slurm may signal up to a minute early: the pair is not ours to say
+    assert limited.endings[-1] == ("done", 8) and "SIGUSR1" in limited.log
 
 
 def test_a_run_on_a_lost_node_goes_on_elsewhere(cluster, jobs):
