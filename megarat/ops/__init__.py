@@ -8,6 +8,7 @@ from megarat.ops.cross_entropy import Statistics, linear_cross_entropy, partial_
 from megarat.ops.decode_attention import cache_slots, cache_write, decode_attention, decode_step, gate_step
 from megarat.ops.dilated_attention import dilated_attention, visible
 from megarat.ops.gated_scan import ScanState, gated_scan
+from megarat.ops.output_gate import output_gate
 from megarat.ops.rms_norm import add_rms_norm, rms_norm
 from megarat.ops.rotary import apply_rotary, rotary_tables
 
@@ -24,6 +25,7 @@ __all__ = [
     "gate_step",
     "gated_scan",
     "linear_cross_entropy",
+    "output_gate",
     "partial_statistics",
     "rms_norm",
     "rotary_tables",

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megarat.ops.dispatch import choose_backend
+from megarat.ops.output_gate import output_gate
 
 PatternLike = Sequence[int]
 
@@ -165,7 +166,7 @@ def dilated_attention(
             parts.append(_attend_triton(q, k, v, gate, one_pattern, scale))
         else:
             out, lse = _attend_torch(q, k, v, one_pattern, scale, return_lse, document_ids_BT)
-            parts.append((out if gate is None else out * torch.sigmoid(gate), lse))
+            parts.append((out if gate is None else output_gate(out, gate, backend=backend), lse))
     order = [head for _, heads in groups for head in heads]
     out_BTHK = _restore_heads([out for out, _ in parts], order)
     if not return_lse:

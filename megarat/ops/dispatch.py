@@ -7,6 +7,7 @@ explicitly gets exactly that backend or a `ValueError`.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import warnings
@@ -27,6 +28,7 @@ def ops_mode() -> str:
     return mode
 
 
+@functools.cache
 def triton_missing() -> str | None:
     """Why Triton kernels cannot run in this process at all, or None when they can."""
     if importlib.util.find_spec("triton") is None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megarat.ops.dispatch import choose_backend
+
 
 def rotary_tables(
     positions: Tensor, head_dim: int, base: float = 10000.0, dtype: torch.dtype = torch.float32
@@ -25,15 +27,39 @@ def rotary_tables(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def apply_rotary(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotation in fp32 (float64 for float64 input) by torch operations; the result has x's dtype."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    first, second = x.to(compute).chunk(2, dim=-1)
+    cos, sin = cos.to(compute).unsqueeze(-2), sin.to(compute).unsqueeze(-2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def apply_rotary(x_BTHK: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> Tensor:
     """Rotates every head of x by its token's angles.
 
-    x_BTHK: any float dtype. cos, sin: (T, R) shared by all rows, or (B, T, R). The rotation is done in fp32 (float64 for float64
-    input); the result has x's dtype.
+    x_BTHK: any float dtype, any strides; or one token a row, (B, H, K). cos, sin: (T, R) shared by all rows, or (B, T, R); for one token
+    a row (R,) or (B, R). The rotation is done in fp32 (float64 for float64 input); the result has x's dtype.
+    backend: "triton", "reference" or None to choose (see ops.dispatch).
     """
     if cos.shape[-1] * 2 != x_BTHK.shape[-1]:
         raise ValueError(f"apply_rotary: tables of {cos.shape[-1]} pairs for heads of {x_BTHK.shape[-1]} channels")
-    compute = torch.float64 if x_BTHK.dtype == torch.float64 else torch.float32
-    first, second = x_BTHK.to(compute).chunk(2, dim=-1)
-    cos, sin = cos.to(compute).unsqueeze(-2), sin.to(compute).unsqueeze(-2)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHK.dtype)
+    if choose_backend("apply_rotary", backend, x_BTHK, _unsupported(x_BTHK)) == "reference":
+        return apply_rotary_ref(x_BTHK, cos, sin)
+    from megarat.ops.kernels.rotary import Rotary
+
+    if x_BTHK.dim() == 3:  # rows as the tokens of one sequence
+        cos, sin = (table.expand(x_BTHK.shape[0], -1) for table in (cos, sin))
+        return Rotary.apply(x_BTHK.unsqueeze(0), cos.float().contiguous(), sin.float().contiguous()).squeeze(0)
+    return Rotary.apply(x_BTHK, cos.float().contiguous(), sin.float().contiguous())
+
+
+def _unsupported(x: Tensor) -> str | None:
+    """Why the kernel cannot serve this input, or None."""
+    if x.dtype == torch.float64:
+        return "the input is float64"
+    if x.shape[-1] not in (16, 32, 64, 128, 256):
+        return f"the head size {x.shape[-1]} is none of 16, 32, 64, 128 and 256"
+    if x.stride(-1) != 1:
+        return "the channels of the input are not contiguous"
+    return None

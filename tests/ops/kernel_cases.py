@@ -25,6 +25,7 @@ from megarat.ops import (
     dilated_attention,
     gated_scan,
     linear_cross_entropy,
+    output_gate,
     rotary_tables,
 )
 from megarat.ops.cross_entropy import linear_cross_entropy_ref
@@ -332,3 +333,38 @@ def test_norm_behind_a_residual_sum_and_all_its_gradients_match_float64(shape, d
 
     found = run(dtype, lambda a, b, w: add_rms_norm(a, b, w, backend="triton"))
     assert_close(found, run(torch.float64, oracle), dtype, outputs=2)
+
+
+# --- rotary -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tables", ["shared", "rows", "tokens"])
+def test_rotation_of_a_strided_view_and_its_gradient_match_float64(tables, dtype):
+    projection = torch.randn(2, 7, 3, 5, 32, device=DEVICE).to(dtype)
+    x = projection[:, :, 1] if tables != "tokens" else projection[:, 3, 1]
+    positions = {"shared": torch.arange(7), "rows": torch.arange(14).view(2, 7) * 99, "tokens": torch.tensor([3, 1000])}[tables]
+    cos, sin = rotary_tables(positions.to(DEVICE), 32)
+    dout = torch.randn(x.shape, device=DEVICE).to(dtype)
+
+    def run(compute, backend):
+        leaf = x.to(compute) if compute != dtype else x.detach()
+        leaf = leaf.requires_grad_()
+        out = apply_rotary(leaf, cos, sin, backend=backend)
+        return out, *torch.autograd.grad(out, leaf, dout.to(compute))
+
+    assert_close(run(dtype, "triton"), run(torch.float64, "reference"), dtype, outputs=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_gate_of_a_strided_view_and_its_gradients_match_float64(dtype):
+    x = torch.randn(2, 5, 3, 48, device=DEVICE).to(dtype)
+    gate = torch.randn(2, 5, 4, 3, 48, device=DEVICE).to(dtype)[:, :, 2]
+    dout = torch.randn(x.shape, device=DEVICE).to(dtype)
+
+    def run(compute, backend):
+        inputs = [t.detach().to(compute).requires_grad_() for t in (x, gate)]
+        out = output_gate(*inputs, backend=backend)
+        return out, *torch.autograd.grad(out, inputs, dout.to(compute))
+
+    assert_close(run(dtype, "triton"), run(torch.float64, "reference"), dtype, outputs=1)

@@ -61,21 +61,40 @@ def _in_front(decay_SC, k_SC, v_SC, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def _add(k1_l, k2_l, v1_l, v2_l, k1_r, k2_r, v1_r, v2_r):
+    return k1_l + k1_r, k2_l + k2_r, v1_l + v1_r, v2_l + v2_r
+
+
+@triton.jit
 def _await(link_C, R, stream, BH: tl.constexpr):
-    """The four (C,) vectors of a link, polled until no entry is EMPTY; volatile loads read the L2, never a stale L1 line."""
-    k_ptr, v_ptr = link_C.to(tl.pointer_type(tl.int32)), (link_C + stream).to(tl.pointer_type(tl.int32))
-    k1, k2, v1, v2 = _peek(k_ptr, v_ptr, R)
-    while tl.max(((k1 == EMPTY) | (k2 == EMPTY) | (v1 == EMPTY) | (v2 == EMPTY)).to(tl.int32), axis=0) > 0:
+    """The four (C,) vectors of a link, polled until no entry is EMPTY; volatile loads read the L2, never a stale L1 line.
+
+    Threads that hold copies of one entry may poll it at different times, so a vote must come from every copy or there must be none.
+    Up to 32 channels every warp holds whole vectors and votes for itself. Beyond, all four vectors are polled as one tile, which has at
+    least one entry for each of up to 4 BH threads, hence no copies.
+    """
+    if BH <= 32:
+        k_ptr, v_ptr = link_C.to(tl.pointer_type(tl.int32)), (link_C + stream).to(tl.pointer_type(tl.int32))
         k1, k2, v1, v2 = _peek(k_ptr, v_ptr, R)
-    if BH > 32:
-        # More channels than a warp has lanes: several warps hold copies of a channel and may have polled at different times, and the
-        # maximum knows one copy only. Some warp has seen every entry written, so now all do.
-        tl.debug_barrier()
-        k1, k2, v1, v2 = _peek(k_ptr, v_ptr, R)
-    return (
-        k1.to(tl.float32, bitcast=True), k2.to(tl.float32, bitcast=True),
-        v1.to(tl.float32, bitcast=True), v2.to(tl.float32, bitcast=True),
-    )  # fmt: skip
+        while tl.max(((k1 == EMPTY) | (k2 == EMPTY) | (v1 == EMPTY) | (v2 == EMPTY)).to(tl.int32), axis=0) > 0:
+            k1, k2, v1, v2 = _peek(k_ptr, v_ptr, R)
+        link = (
+            k1.to(tl.float32, bitcast=True), k2.to(tl.float32, bitcast=True),
+            v1.to(tl.float32, bitcast=True), v2.to(tl.float32, bitcast=True),
+        )  # fmt: skip
+    else:
+        part_41 = tl.arange(0, 4)[:, None]
+        ptr_4C = (link_C[None, :] + (part_41 % 2) * R + (part_41 // 2) * stream).to(tl.pointer_type(tl.int32))
+        bits_4C = tl.load(ptr_4C, volatile=True)
+        while tl.max(tl.max((bits_4C == EMPTY).to(tl.int32), axis=1), axis=0) > 0:
+            bits_4C = tl.load(ptr_4C, volatile=True)
+        x_4C = bits_4C.to(tl.float32, bitcast=True)
+        rows = (
+            tl.where(part_41 == 0, x_4C, 0.0), tl.where(part_41 == 1, x_4C, 0.0),
+            tl.where(part_41 == 2, x_4C, 0.0), tl.where(part_41 == 3, x_4C, 0.0),
+        )  # fmt: skip
+        link = tl.reduce(rows, 0, _add)
+    return link
 
 
 @triton.jit
@@ -174,8 +193,8 @@ def _load_tables(cos_ptr, sin_ptr, offs_SC, t_S, T, R, L: tl.constexpr, ROTATE: 
 
 @triton.jit
 def _forward_kernel(
-    k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, start_k_ptr, start_v_ptr, k_out_ptr, v_out_ptr, chain_ptr, saved_ptr,
-    B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, table_b,
+    k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, start_k_ptr, start_v_ptr, k_out_ptr, v_out_ptr, chain_ptr, last_ptr, saved_ptr,
+    B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, table_b, blocks,
     R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
     SAVE_STEPS: tl.constexpr, HAS_START: tl.constexpr, ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -198,6 +217,9 @@ def _forward_kernel(
     stream = B * H * (2 * R)
     column = (group // columns) * (2 * R) + first
     link = chain_ptr + block.to(tl.int64) * 2 * stream + column + c_C  # behind this block
+    target = link
+    if block == blocks - 1:
+        target = last_ptr + column + c_C
     t0 = block * (S * L)
     t_S, start = t0 + rows_S * L, t0.to(tl.int64)
     g1 = _load_steps(g_ptr + start * g_t, g_offs, g_t, t_S, T, inf, L, MASKED)
@@ -225,7 +247,7 @@ def _forward_kernel(
     s_v1, s_v2 = front1 * in_v1[None, :] + s_v1, front2 * in_v2[None, :] + s_v2
     end_k1, end_k2 = decay1 * s_k1 + end_k1, decay2 * s_k2 + end_k2
     end_v1, end_v2 = decay1 * s_v1 + end_v1, decay2 * s_v2 + end_v2
-    _publish(link, R, stream, end_k1, end_k2, end_v1, end_v2, is_last_S1)
+    _publish(target, R, stream, end_k1, end_k2, end_v1, end_v2, is_last_S1)
     if SAVE_STEPS > 0:
         at_SC = (t_S // SAVE_STEPS).to(tl.int64)[:, None] * 2 * stream + column + c_C[None, :]
         begins_S1 = ((t_S % SAVE_STEPS == 0) & (t_S < T))[:, None]
@@ -408,6 +430,7 @@ def _launch_shape(tile: Tile, like_BTHK: Tensor) -> tuple[tuple[int], int, dict[
     most_pairs, segments, steps, warps, registers = tile
     batch, length, heads, channels = like_BTHK.shape
     pairs = next(p for p in (64, 32, 16, 8) if p <= most_pairs and channels % (2 * p) == 0)  # channels are a multiple of 16
+    assert pairs <= 32 or 32 * warps <= 4 * pairs, "more threads than link entries: see _await"
     blocks = triton.cdiv(length, segments * steps)
     options = {"R": channels // 2, "BH": pairs, "S": segments, "L": steps, "num_warps": warps, "maxnreg": registers}
     grid = batch * heads * (channels // 2 // pairs) * blocks
@@ -432,15 +455,16 @@ def scan_forward(
     k_out, v_out = (torch.empty(k_BTHK.shape, dtype=out_dtype, device=k_BTHK.device) for _ in range(2))
     chain = _new_chain(blocks, k_BTHK)
     save_steps = segments * steps if save else 0
+    last = chain.new_empty(chain.shape[1:])
     saved = chain.new_empty(triton.cdiv(length, save_steps), *chain.shape[1:]) if save else None
     start_k, start_v = (chain, chain) if start is None else (x.contiguous() for x in start)
     cos, sin, table_b = _table_arguments(cos, sin, k_BTHK)
     _forward_kernel[grid](
         k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, start_k, start_v, k_out, v_out, chain,
-        chain if saved is None else saved, batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK), table_b,
+        last, chain if saved is None else saved, batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK), table_b, blocks,
         SAVE_STEPS=save_steps, HAS_START=start is not None, ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **options,
     )  # fmt: skip
-    return k_out, v_out, chain[-1], saved
+    return k_out, v_out, last, saved
 
 
 def scan_backward(
@@ -494,7 +518,7 @@ class GatedScan(torch.autograd.Function):
         ctx.save_for_backward(k_BTHK, v_BTHK, g_BTHK, cos, sin, starts_BT, saved)
         ctx.has_start = start is not None
         ctx.set_materialize_grads(False)
-        return k_out, v_out, last[0].clone(), last[1].clone()
+        return k_out, v_out, last[0], last[1]
 
     @staticmethod
     @once_differentiable
