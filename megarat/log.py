@@ -3,6 +3,9 @@
 ``metrics.jsonl`` has one object a line and a pair: pair (1 = the first), tokens (so far), loss_sparse, loss_dense, grad_norm_sparse,
 grad_norm_dense (before clipping), lr, tokens_per_s, stream_hash (of all token ids so far), mfu, memory_gb (peak), data_wait_s, seconds,
 skipped (dropped for non-finite values). null where a value does not exist or is not finite.
+
+TensorBoard reads one file a run, whatever number of starts the run has: a start cuts off what was recorded beyond its checkpoint, fills in
+from ``metrics.jsonl`` what a crash may have kept from the file, and appends. So every step is there once.
 """
 
 from __future__ import annotations
@@ -10,8 +13,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +27,7 @@ from megarat.config import Config
 from megarat.errors import UserError
 
 METRICS = "metrics.jsonl"
+EVENTS = "tensorboard/events.out.tfevents.megarat"  # TensorBoard takes every file whose name has "tfevents" in it
 _TENSORBOARD_TAGS = {
     "loss_sparse": "loss/sparse",
     "loss_dense": "loss/dense",
@@ -61,7 +67,7 @@ class RunLog:
             return
         drop_later_lines(run_dir / METRICS, first_pair)
         self._metrics = (run_dir / METRICS).open("ab", buffering=0)  # each line is out before the next pair begins
-        self._tensorboard = _tensorboard_writer(run_dir / "tensorboard", first_pair) if config.log.tensorboard else None
+        self._events = _continued_events(run_dir, first_pair) if config.log.tensorboard else None
 
     def __enter__(self) -> RunLog:
         return self
@@ -70,8 +76,8 @@ class RunLog:
         self._bar.close()
         if self._enabled:
             self._metrics.close()
-            if self._tensorboard is not None:
-                self._tensorboard.close()
+            if self._events is not None:
+                self._events.close()
 
     def pair(self, metrics: Metrics) -> None:
         """Record one pair (every ``log.every``-th and the last) and move the bar."""
@@ -83,12 +89,16 @@ class RunLog:
             return
         line = json.dumps({key: _finite(value) for key, value in metrics.items()})
         self._metrics.write(f"{line}\n".encode())
-        if self._tensorboard is not None:
-            for key, tag in _TENSORBOARD_TAGS.items():
-                if metrics.get(key) is not None:
-                    self._tensorboard.add_scalar(tag, metrics[key], metrics["pair"])
-            if metrics["pair"] % self._checkpoint_every == 0:
-                self._tensorboard.flush()  # what a killed run resumes after must be on the disk: later points are purged, not these
+        if self._events is not None:
+            self._events.add(metrics)
+        if metrics["pair"] % self._checkpoint_every == 0:
+            self._sync()
+
+    def _sync(self) -> None:
+        """What a run resumes after must have been recorded, even if the power fails: later lines are dropped, not these."""
+        os.fsync(self._metrics.fileno())
+        if self._events is not None:
+            self._events.sync()
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
@@ -130,11 +140,85 @@ def _summary(metrics: Metrics) -> dict[str, str]:
     return summary | {"tok/s": f"{metrics['tokens_per_s']:,.0f}"}
 
 
-def _tensorboard_writer(folder: Path, first_pair: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            f"log.tensorboard is true, but TensorBoard cannot be imported ({error}); install it or set it to false"
-        ) from None
-    return SummaryWriter(str(folder), purge_step=first_pair + 1)  # hides what an interrupted run recorded beyond its checkpoint
+# ---- TensorBoard -------------------------------------------------------------------------------------------------------------------
+
+
+class EventFile:
+    """One event file of TensorBoard, opened to be gone on with: a record a pair, each out before the next pair begins.
+
+    A record is the length of its content (8 bytes), a checksum of that, the content (an ``Event``), and its checksum. The file is cut and
+    appended to in place, so a TensorBoard that is reading it goes on with what replaces the cut: records of a step have the same size.
+    """
+
+    def __init__(self, path: Path, first_pair: int) -> None:
+        """Cut off records after ``first_pair``, and a torn one. Raises ``UserError`` when TensorBoard is not installed."""
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError as error:
+            raise UserError(
+                f"log.tensorboard is true, but TensorBoard cannot be imported ({error}); install it or set it to false"
+            ) from None
+        self._event = Event
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        end, self.last_pair = self._end_of(first_pair)
+        self._file.truncate(end)
+        self._file.seek(end)
+        self._writer = RecordWriter(self._file)
+        if end == 0:
+            self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def _end_of(self, first_pair: int) -> tuple[int, int]:
+        """Where the last record of the first ``first_pair`` pairs ends, and its pair (0: none)."""
+        end = last = 0
+        for position, content in _whole_records(self._file.read()):
+            step = self._event.FromString(content).step
+            if step > first_pair:
+                break
+            end, last = position, step
+        return end, last
+
+    def add(self, metrics: Metrics) -> None:
+        """One point a curve for this pair."""
+        event = self._event(wall_time=time.time(), step=metrics["pair"])
+        for key, tag in _TENSORBOARD_TAGS.items():
+            if metrics.get(key) is not None:
+                event.summary.value.add(tag=tag, simple_value=metrics[key])
+        self._write(event)
+
+    def sync(self) -> None:
+        """Have it on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, event: Any) -> None:
+        self._writer.write(event.SerializeToString())
+
+
+def _continued_events(run_dir: Path, first_pair: int) -> EventFile:
+    """The run's event file, with what ``metrics.jsonl`` has beyond it."""
+    events = EventFile(run_dir / EVENTS, first_pair)
+    for line in (run_dir / METRICS).read_text(encoding="utf-8").splitlines():
+        recorded = json.loads(line)
+        if recorded["pair"] > events.last_pair:
+            events.add(recorded)
+    return events
+
+
+def _whole_records(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """The end and the content of each record, up to the first that is torn."""
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    start = 0
+    while start + 16 <= len(content):
+        (size,) = struct.unpack_from("<Q", content, start)
+        end = start + 16 + size
+        body = content[start + 12 : end - 4]
+        if end > len(content) or struct.unpack_from("<I", content, end - 4) != (masked_crc32c(body),):
+            return
+        yield end, body
+        start = end
