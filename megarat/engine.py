@@ -116,10 +116,7 @@ class Engine:
         """
         if len(micro_batches) != self.micro_batches:
             raise ValueError(f"{len(micro_batches)} micro-batches given; the engine was built for {self.micro_batches}")
-        loss = self._accumulate(micro_batches, patterns)
-        figures = torch.stack([loss, self._gradient_norm()])
-        torch.distributed.broadcast(figures, 0)  # all ranks decide alike, whatever their last bits
-        loss_value, norm = figures.tolist()
+        loss_value, norm = self._decide(self._accumulate(micro_batches, patterns))
         finite = math.isfinite(loss_value) and math.isfinite(norm)
         if finite:
             for group in self._adamw.param_groups:
@@ -128,6 +125,13 @@ class Engine:
         else:
             self._drop_gradients()
         return Update(loss_value, norm, finite)
+
+    def _decide(self, loss: Tensor) -> tuple[float, float]:
+        """Loss and gradient norm as numbers, equal on all ranks whatever their last bits. The one wait for the device in an update."""
+        figures = torch.stack([loss, self._gradient_norm()])
+        torch.distributed.broadcast(figures, 0)
+        loss_value, norm = figures.tolist()
+        return loss_value, norm
 
     def _step(self) -> None:
         if self._stages == 1:
@@ -144,7 +148,7 @@ class Engine:
     def _through_pipeline(self, micro_batches: Sequence[MicroBatch], patterns: Patterns) -> Tensor:
         """Forward and backward in DeepSpeed's 1F1B order, without the step; the loss is the last stage's, 0 on the others."""
         engine = self._engine
-        on_device = [[tensor.to(self.mesh.device) for tensor in micro_batch] for micro_batch in micro_batches]
+        on_device = self._on_device(micro_batches)
         engine.module.stage.begin(patterns, [labels_BT for _, labels_BT, *_ in on_device])
         engine.set_dataiterator(((ids_BT, *documents), labels_BT) for ids_BT, labels_BT, *documents in on_device)
         engine.total_loss, engine._compute_loss = None, True
@@ -153,15 +157,27 @@ class Engine:
 
     def _one_by_one(self, micro_batches: Sequence[MicroBatch], patterns: Patterns) -> Tensor:
         total = torch.zeros((), device=self.mesh.device)
-        for index, micro_batch in enumerate(micro_batches):
-            ids_BT, labels_BT, *documents = (tensor.to(self.mesh.device) for tensor in micro_batch)
+        for index, micro_batch in enumerate(self._on_device(micro_batches)):
             self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            loss = self._engine(
-                ids_BT, patterns=patterns, labels_BT=labels_BT, document_ids_BT=documents[0] if documents else None
-            )
-            self._engine.backward(loss)  # divides by the number of micro-batches
+            loss = self._forward(micro_batch, patterns)
+            self._backward(loss)
             total += loss.detach().float()
         return total
+
+    def _on_device(self, micro_batches: Sequence[MicroBatch]) -> list[list[Tensor]]:
+        """All micro-batches, copied before any arithmetic is queued: a copy from pageable memory waits for what is queued before it."""
+        return [[tensor.to(self.mesh.device) for tensor in micro_batch] for micro_batch in micro_batches]
+
+    def _forward(self, micro_batch: Sequence[Tensor], patterns: Patterns) -> Tensor:
+        ids_BT, labels_BT, *documents = micro_batch
+        loss: Tensor = self._engine(
+            ids_BT, patterns=patterns, labels_BT=labels_BT, document_ids_BT=documents[0] if documents else None
+        )
+        return loss
+
+    def _backward(self, loss: Tensor) -> None:
+        """Adds to the gradients, divided by the number of micro-batches; after the last micro-batch reduces them over replicas."""
+        self._engine.backward(loss)
 
     def _gradient_norm(self) -> Tensor:
         """Global L2 norm of the accumulated gradients on every rank; inf when an element is not finite."""
@@ -452,6 +468,9 @@ def _deepspeed_config(config: Config, precision: str, micro_batches: int, parame
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
+        # ZeRO 1 adds up the accumulated gradients of all ranks once an update, in fp32 like the accumulation (DeepSpeed's default would
+        # round them to bf16 on the way); ZeRO 2 and 3 send the gradients of each micro-batch as the model made them.
+        "communication_data_type": "fp32" if config.parallel.zero == 1 else None,
         "steps_per_print": None,
         "pipeline": {
             "pipe_partitioned": False,
