@@ -7,13 +7,14 @@
     swap_slices        own slice of one dim, all of another -> the reverse          (its own partner, dims exchanged)
 
 The group is an argument; ``None`` and a group of one rank are the identity, without a branch in the caller. n below is the group's size
-and |x| the bytes of the whole tensor; every rank sends about what is named.
+and |x| the bytes of the whole tensor; every rank sends about what is named. ``start_*`` are collectives without gradients that run while
+the caller computes something else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -70,17 +71,46 @@ def summed(x: Tensor, group: ProcessGroup | None) -> Tensor:
     return total
 
 
+class Pending(NamedTuple):
+    """A tensor on its way."""
+
+    result: Tensor
+    source: Tensor  # kept until the collective has read it
+    work: Any
+
+    def wait(self) -> Tensor:
+        """The result; on a GPU what is launched from now on waits for it, not the process."""
+        self.work.wait()
+        return self.result
+
+
+def start_gather(x: Tensor, group: ProcessGroup) -> Pending:
+    """Begin to concatenate the ranks' x along its first dim."""
+    x = x.contiguous()
+    whole = x.new_empty((size(group) * x.shape[0], *x.shape[1:]))
+    return Pending(whole, x, distributed.all_gather_into_tensor(whole, x, group=group, async_op=True))
+
+
+def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Pending:
+    """Begin to add the ranks' x, of which this rank keeps its slice of the first dim."""
+    x = x.contiguous()
+    own = x.new_empty((x.shape[0] // size(group), *x.shape[1:]))
+    return Pending(own, x, distributed.reduce_scatter_tensor(own, x, group=group, async_op=True))
+
+
+def start_sum_(x: Tensor, group: ProcessGroup) -> Pending:
+    """Begin to replace a contiguous x by the sum of the ranks' x."""
+    return Pending(x, x, distributed.all_reduce(x, group=group, async_op=True))
+
+
 def _gathered(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    slices = x.new_empty((size(group), *x.shape))
-    distributed.all_gather_into_tensor(slices.flatten(0, 1), x.contiguous(), group=group)
+    slices = start_gather(x[None], group).wait()
     return slices.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _reduce_scattered(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    slices = x.unflatten(dim, (size(group), -1)).movedim(dim, 0).contiguous()
-    own = torch.empty_like(slices[0])
-    distributed.reduce_scatter_tensor(own, slices.flatten(0, 1), group=group)
-    return own
+    slices = x.unflatten(dim, (size(group), -1)).movedim(dim, 0)
+    return start_reduce_scatter(slices, group).wait()[0]
 
 
 def _swapped(x: Tensor, group: ProcessGroup, split: int, join: int) -> Tensor:

@@ -394,14 +394,11 @@ _known_groups: dict[Shape, dict[tuple[str, ...], Any]] = {}
 
 def _process_groups(shape: Shape, rank: int) -> Mapping[tuple[str, ...], ProcessGroup]:
     """This rank's group along each set of axes; made once a shape, by all ranks in the same order."""
-    import torch
-
     if shape not in _known_groups:
         own: dict[tuple[str, ...], Any] = {}
         for axes in _AXES:
             for members in shape.groups(axes):
-                whole = len(members) == shape.size
-                group = torch.distributed.group.WORLD if whole else torch.distributed.new_group(members)
+                group = _new_group(members, axes, len(members) == shape.size)
                 if rank in members:
                     own[axes] = group
         own[ENDS] = _ends(shape, rank)
@@ -409,13 +406,24 @@ def _process_groups(shape: Shape, rank: int) -> Mapping[tuple[str, ...], Process
     return _known_groups[shape]
 
 
+def _new_group(members: list[int], axes: tuple[str, ...], is_world: bool) -> Any:
+    """A process group of ``members``. The messages of tensor ranks travel beside matrix products: on GPUs they are scheduled first."""
+    from torch import distributed
+
+    options = None
+    if axes == TENSOR and distributed.get_backend() == "nccl":
+        options = distributed.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options._timeout = _TIMEOUT
+    elif is_world:
+        return distributed.group.WORLD
+    return distributed.new_group(members, timeout=_TIMEOUT, pg_options=options)
+
+
 def _ends(shape: Shape, rank: int) -> Any:
     """The group of the first and the last stage at this rank's other coordinates; None on the stages between."""
-    import torch
-
     own = None
     for stages in shape.groups(PIPELINE):
-        group = torch.distributed.new_group([stages[0], stages[-1]]) if shape.pipeline > 1 else None
+        group = _new_group([stages[0], stages[-1]], ENDS, False) if shape.pipeline > 1 else None
         if rank in (stages[0], stages[-1]):
             own = group
     return own

@@ -4,14 +4,17 @@
 
 Between ``enter`` and ``leave`` nothing is communicated. Plain tensor parallelism keeps the residual stream whole on every rank:
 ``enter`` copies, ``leave`` sums. With ``sequence`` (Megatron's sequence parallelism) norms and residual stream live on 1/n of the
-sequence: ``enter`` gathers it, ``leave`` sums and scatters; the same bytes on the wire, 1/n of the activations outside.
+tokens: ``enter`` gathers them, ``leave`` sums and scatters; the same bytes on the wire, 1/n of the activations outside. Which tokens are
+whose does not matter there (norms and residuals look at one token), so the B T tokens of a micro-batch are cut as one row: what is sent
+is contiguous in memory, and nothing is copied around it.
 
-Shapes: B batch, T length, C width, V vocabulary, N rows; n ranks.
+Shapes: B batch, T length, C width, V vocabulary, N rows, F outputs of a matrix; n ranks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -21,8 +24,6 @@ from torch.nn import functional
 from megarat import comm
 from megarat.ops import linear_cross_entropy
 from megarat.ops.cross_entropy import Statistics
-
-_SEQUENCE_DIM = 1
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,16 @@ class TensorParallel:
         return comm.rank(self.group)
 
     def enter(self, x_BTC: Tensor) -> Tensor:
-        """Before the matrices that ranks share: (B, T, C), or with ``sequence`` (B, T/n, C) -> (B, T, C)."""
-        return comm.gather_along(x_BTC, self.group, _SEQUENCE_DIM) if self.sequence else comm.copy_to(x_BTC, self.group)
+        """Before the matrices that ranks share: (B, T, C), or with ``sequence`` 1/n of its tokens as (B, T/n, C) -> (B, T, C)."""
+        if not self.sequence:
+            return comm.copy_to(x_BTC, self.group)
+        return comm.gather_along(x_BTC, self.group, 0).view(_all_tokens(x_BTC, self.size))
 
     def leave(self, x_BTC: Tensor) -> Tensor:
-        """After them: the sum of the ranks' (B, T, C), of which ``sequence`` keeps this rank's (B, T/n, C)."""
-        return (
-            comm.reduce_scatter_along(x_BTC, self.group, _SEQUENCE_DIM) if self.sequence else comm.reduce_from(x_BTC, self.group)
-        )
+        """After them: the sum of the ranks' (B, T, C), of which ``sequence`` keeps this rank's tokens as (B, T/n, C)."""
+        if not self.sequence:
+            return comm.reduce_from(x_BTC, self.group)
+        return comm.reduce_scatter_along(_in_slices(x_BTC, self.size), self.group, 0)
 
     def replicated(self, weight: Tensor) -> Tensor:
         """A weight that every rank holds. Where ranks apply it to different tokens, their gradients are summed."""
@@ -62,6 +65,45 @@ class TensorParallel:
 
 
 ALONE = TensorParallel()
+
+
+def _all_tokens(x_BTC: Tensor, ranks: int) -> tuple[int, int, int]:
+    """The shape of all ranks' tokens, from that of one rank's."""
+    batch, length, width = x_BTC.shape
+    return batch, ranks * length, width
+
+
+def _in_slices(x_BTC: Tensor, ranks: int) -> Tensor:
+    """All tokens, rank by rank along the first dim: (n B, T/n, C)."""
+    batch, length, width = x_BTC.shape
+    return x_BTC.reshape(ranks * batch, length // ranks, width)
+
+
+class _EnteredLinear(torch.autograd.Function):
+    """``enter`` and a column-parallel product in one, so that the backward computes while it communicates.
+
+    With ``sequence`` only this rank's tokens are kept for the backward: it gathers all of them again while it makes the gradient of the
+    input, and sums and scatters that while it makes the gradient of the weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BTC: Tensor, weight_FC: Tensor, ranks: TensorParallel) -> Tensor:
+        """-> (B, T, F) with this rank's F."""
+        ctx.ranks = ranks
+        ctx.save_for_backward(x_BTC, weight_FC)
+        return functional.linear(ranks.enter(x_BTC), weight_FC)
+
+    @staticmethod
+    def backward(ctx: Any, dy_BTF: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the input slice, summed over ranks, and of this rank's part of the weight."""
+        x_BTC, weight_FC = ctx.saved_tensors
+        group, ranks, sequence = ctx.ranks.group, ctx.ranks.size, ctx.ranks.sequence
+        gathering = comm.start_gather(x_BTC, group) if sequence else None
+        dx_BTC = dy_BTF @ weight_FC
+        entered = x_BTC if gathering is None else gathering.wait()
+        summing = comm.start_reduce_scatter(_in_slices(dx_BTC, ranks), group) if sequence else comm.start_sum_(dx_BTC, group)
+        dweight_FC = dy_BTF.flatten(0, 1).T @ entered.flatten(0, 1)
+        return summing.wait(), dweight_FC, None
 
 
 def matrix(rows: int, columns: int, ranks: TensorParallel) -> nn.Parameter:
@@ -82,7 +124,9 @@ class ColumnLinear(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """The residual stream's slice -> (B, T, out / n)."""
-        return functional.linear(self.ranks.enter(x_BTC), self.weight)
+        if self.ranks.size == 1:
+            return functional.linear(x_BTC, self.weight)
+        return _EnteredLinear.apply(x_BTC, self.weight, self.ranks)
 
 
 class RowLinear(nn.Module):
