@@ -17,6 +17,7 @@ Facts about DeepSpeed 0.19 that shaped this file:
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import logging
@@ -91,6 +92,8 @@ class Engine:
         if self._stages > 1:
             _leave_out_the_step(self._engine)
         self._adamw = optimizer
+        if self._has_bf16_optimizer:
+            self._optimizer._update_hp_grad = functools.partial(_add_gradient, self._optimizer)
         if self.precision == "bf16":  # masters start from the fp32 initialisation, not from its bf16 rounding
             for name, parameter in self.model.named_parameters():
                 flat, first = self._own_part(parameter, MASTER)
@@ -400,6 +403,19 @@ def _leave_out_the_step(pipeline_engine: Any) -> None:
     pipeline_engine._INSTRUCTION_MAP = pipeline_engine._INSTRUCTION_MAP | {OptimizerStep: do_nothing}
 
 
+@torch.no_grad()
+def _add_gradient(optimizer: Any, weight: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
+    """Add a weight's bf16 gradient to its fp32 sum in one pass; DeepSpeed's own method makes an fp32 copy of it first."""
+    if weight.grad is None:
+        return
+    total = optimizer.fp32_groups_gradients[group][index]
+    total.add_(weight.grad.view(total.shape))
+    weight._hp_grad = total  # type: ignore[attr-defined]  # where DeepSpeed looks for the gradients of tied weights
+    optimizer.fp32_groups_has_gradients[group][index] = True
+    if clear_lp_grads:
+        weight.grad.zero_()
+
+
 class _Stage(nn.Module):
     """One stage: (ids or residual stream, and perhaps documents) -> the same for the next stage, or the loss.
 
@@ -466,7 +482,7 @@ def _deepspeed_config(config: Config, precision: str, micro_batches: int, parame
         "gradient_clipping": config.optim.clip,
         "zero_optimization": {"stage": config.parallel.zero, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {"enabled": precision == "bf16", "immediate_grad_update": config.parallel.pipeline == 1},
         "data_types": {"grad_accum_dtype": "fp32"},
         # ZeRO 1 adds up the accumulated gradients of all ranks once an update, in fp32 like the accumulation (DeepSpeed's default would
         # round them to bf16 on the way); ZeRO 2 and 3 send the gradients of each micro-batch as the model made them.

@@ -112,9 +112,8 @@ class Plan:
     def compute_seconds(self, gpu: Gpu) -> float:
         """Arithmetic of a pair, the bubble included."""
         rate = self.shape.size * gpu.flops * self.efficiency
-        rate *= (
-            1.0 if self.config.parallel.recompute == "off" else 3 / 4
-        )  # another forward beside forward and backward (twice as much)
+        if self.config.parallel.recompute == "full":
+            rate *= 3 / 4  # another forward beside forward and backward (twice as much)
         return self.tokens_per_pair * pair_flops_per_token(self.config) / rate / (1 - self.bubble)
 
     def communication_seconds(self, gpu: Gpu) -> dict[str, float]:
@@ -177,9 +176,11 @@ def activation_bytes(config: Config, shape: Shape) -> float:
     in_flight = min(shape.pipeline, max(1, config.train.global_batch // (config.train.micro_batch * shape.data)))
     split = _SPLIT_MIXER + 4 * model.ffn_multiple
     whole = _WHOLE / (shape.tensor if config.parallel.sequence else 1)
+    if config.parallel.recompute == "selective":  # without the outputs of norms and GELU
+        split, whole = split - 2 * model.ffn_multiple, whole * (_WHOLE - 4) / _WHOLE
     scale = 2.0 if config.train.precision == "fp32" else 1.0
     one_layer = scale * (whole + split / shape.tensor) * model.hidden * _tokens(config, shape)
-    if config.parallel.recompute == "off":
+    if config.parallel.recompute != "full":
         return one_layer * layers * in_flight
     return (
         one_layer + 4.0 * model.hidden * _tokens(config, shape) * layers * in_flight

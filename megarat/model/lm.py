@@ -70,9 +70,7 @@ class RATPlusLM(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context
-        self.recompute = (
-            False  # of each layer's activations in the backward: 4/3 of the arithmetic, one residual stream a layer kept
-        )
+        self.recompute = False  # whole layers in the backward: 4/3 of the arithmetic, one residual stream a layer kept
         self.config = config
         self.ranks = ranks
         self.stage = range(config.layers) if stage is None else stage
@@ -188,6 +186,8 @@ def local_model(config: Config, mesh: Mesh) -> RATPlusLM:
     ranks = TensorParallel(mesh.group(TENSOR), config.parallel.sequence)
     model = RATPlusLM(config.model, ranks, ContextParallel(mesh.group(CONTEXT)), stages[mesh.place.pipeline])
     model.recompute = config.parallel.recompute == "full"
+    for block in model.blocks:
+        block.mixer.recompute = block.ffn.recompute = config.parallel.recompute == "selective"
     return model
 
 

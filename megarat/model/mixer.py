@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megarat.model.layers import RMSNorm
+from megarat.model.layers import RMSNorm, computed_again
 from megarat.model.pattern import LayerPattern
 from megarat.ops import ScanState, apply_rotary, dilated_attention, gated_scan
 from megarat.parallel.context import WHOLE, ContextParallel
@@ -60,6 +61,7 @@ class RATPlusMixer(nn.Module):
         self.norm = RMSNorm(width, eps, ranks)
         self.in_proj = ColumnLinear(width, (5 if recurrence else 4) * width, ranks)
         self.out_proj = RowLinear(width, width, ranks)
+        self.recompute = False  # the norm once more in the backward, instead of keeping its output
 
     def forward(
         self,
@@ -79,9 +81,15 @@ class RATPlusMixer(nn.Module):
 
     def project(self, x_BTC: Tensor) -> Projections:
         """Norm and the fused input projection, split into strided views of (B, T, H, K)."""
-        fused = self.in_proj(self.norm(x_BTC))
+        if self.recompute and torch.is_grad_enabled():
+            fused = computed_again(self._fused, x_BTC)
+        else:
+            fused = self._fused(x_BTC)
         o, q, k, v, *gate = fused.unflatten(-1, (-1, self.heads, self.head_dim)).unbind(-3)
         return Projections(o, q, k, v, gate[0] if gate else None)
+
+    def _fused(self, x_BTC: Tensor) -> Tensor:
+        return self.in_proj(self.norm(x_BTC))
 
     def recur(
         self,
