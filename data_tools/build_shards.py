@@ -36,9 +36,10 @@ from data_tools.parts import PART_BYTES, Part, PartFolder, PartRecord, chunks_of
 from data_tools.sources import TXT_SPLITS, Source, find_sources
 from data_tools.team import Interrupted, Team, find_team, launched_rank
 from data_tools.tokenise import BAD_LINES, SIDES, Options, tokenise
-from megarat.data.format import INDEX_NAME, Index, Shard, file_sha256, named_errors, sync_folder, token_dtype
+from megarat.data.format import INDEX_NAME, Index, Shard, file_sha256, named_errors, token_dtype
 from megarat.data.tokenizer import Tokenizer, load_tokenizer
 from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED, UserError
+from megarat.files import sync
 
 
 class Result(NamedTuple):
@@ -269,9 +270,9 @@ def _finish_side(job: _Job, folder: Path, shards: list[Shard], source: dict[str,
 def _publish(corpus: Path, output: Path) -> None:
     """The one rename that makes the output."""
     with named_errors(output):
-        sync_folder(corpus)
+        sync(corpus)
         os.rename(corpus, output)
-        sync_folder(output.absolute().parent)
+        sync(output.absolute().parent)
 
 
 def _empty_message(sources: list[Source], held_out: int, left_out: Counter[str]) -> str:

@@ -6,7 +6,6 @@ half loaded. Weights alone touch only ``weights/`` (or the masters), on any devi
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megarat import comm
 from megarat.checkpoint.manifest import (
@@ -36,6 +34,7 @@ from megarat.checkpoint.manifest import (
     read_manifest,
 )
 from megarat.checkpoint.shards import LoadPlanner, as_state_dict
+from megarat.checkpoint.storage import Reader
 from megarat.config import ModelConfig
 from megarat.errors import UserError
 from megarat.model import names
@@ -253,7 +252,7 @@ def _prove(folder: Path, part: str, group: ProcessGroup | None = None) -> None:
 def _read_tensors(folder: Path, part: str) -> dict[str, Tensor]:
     """All tensors of one part of a checkpoint, after its files are proved."""
     _prove(folder, part)
-    reader = _Reader(folder / part)
+    reader = Reader(folder / part)
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
@@ -272,50 +271,12 @@ def _read_into(folder: Path, part: str, tensors: Mapping[str, Fragments], group:
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         state_dict_loader.load(
             as_state_dict(tensors),
-            storage_reader=_Reader(folder / part),
+            storage_reader=Reader(folder / part),
             planner=LoadPlanner(),
             no_dist=True,
         )
 
 
 def _shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    entries: Mapping[str, Any] = _Reader(folder).read_metadata().state_dict_metadata
+    entries: Mapping[str, Any] = Reader(folder).read_metadata().state_dict_metadata
     return {name: (tuple(entry.size), str(entry.properties.dtype).removeprefix("torch.")) for name, entry in entries.items()}
-
-
-class _Reader(FileSystemReader):
-    """torch's reader, except that its pickled ``.metadata`` may name nothing but the plain classes a checkpoint consists of.
-
-    A checkpoint from elsewhere must not be able to run code; the tensors themselves are read with ``weights_only`` by torch.
-    """
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Names, shapes and places of all tensors of the folder."""
-        path = Path(self.path) / ".metadata"
-        try:
-            with path.open("rb") as file:
-                metadata: Metadata = _MetadataUnpickler(file).load()
-        except (OSError, pickle.UnpicklingError, EOFError) as error:
-            raise UserError(f"{path}: cannot read: {error}") from None
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    _METADATA_CLASSES = frozenset(
-        "Metadata MetadataIndex StorageMeta TensorStorageMetadata ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING".split()
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Called by the pickle machinery for each class the stream names."""
-        allowed = (
-            (module == "torch.distributed.checkpoint.metadata" and name in self._METADATA_CLASSES)
-            or (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-            or (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout"))
-            or (module in ("pathlib", "pathlib._local") and name == "PosixPath")
-            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
-        )
-        if not allowed:
-            raise pickle.UnpicklingError(f"names {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)

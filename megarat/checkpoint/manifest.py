@@ -16,9 +16,9 @@ A folder without a whole manifest is not a checkpoint: a save builds a hidden si
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from megarat import comm
 from megarat.config import Config, from_dict
 from megarat.errors import UserError
+from megarat.files import sync, write_synced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,7 +41,7 @@ SCHEMA_VERSION = 1
 
 _FOLDER_NAME = re.compile(r"pair_(\d{8,})")
 _CHUNK = 1 << 22
-_HASH_THREADS = 4  # hashlib lets go of the interpreter; four threads outrun most disks
+_HASH_THREADS = 8  # hashlib lets go of the interpreter; eight threads outrun most disks
 
 
 def folder_name(pair: int) -> str:
@@ -116,18 +117,32 @@ class FileEntry(NamedTuple):
 Manifest = dict[str, FileEntry]  # by path relative to the checkpoint folder
 
 
-def write_manifest(folder: Path, group: ProcessGroup | None = None) -> None:
-    """Hash every file of ``folder``, each rank its share, and write the manifest; all is synced to the disk."""
-    files = comm.first_decides(lambda: _files(folder), group)
-    own = files[comm.rank(group) :: comm.size(group)]
-    for name in own:
+def write_manifest(folder: Path, written: Manifest, group: ProcessGroup | None = None) -> None:
+    """Write the manifest; everything in ``folder`` is then synced to the disk. All ranks call it.
+
+    ``written`` are the files that this rank has synced and hashed while it wrote them. The first rank does both for all others. Raises
+    ``OSError`` when a file has another size than was written to it.
+    """
+    for name, entry in written.items():
+        _check_size(folder / name, entry.bytes)
+    entries = {name: entry for part in comm.gather_objects(written, group) for name, entry in part.items()}
+    if comm.rank(group) == 0:
+        others = [name for name in _files(folder) if name not in entries]
+        _write_manifest(folder, dict(sorted((entries | _hash_synced(folder, others)).items())))
+
+
+def _check_size(path: Path, expected: int) -> None:
+    found = path.stat().st_size
+    if found != expected:
+        raise OSError(errno.EIO, f"{expected} bytes were written, but the file has {found}", str(path))
+
+
+def _hash_synced(folder: Path, names: list[str]) -> Manifest:
+    for name in names:
         sync(folder / name)
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        hashes = list(pool.map(lambda name: _sha256(folder / name), own))
-    entries = {name: FileEntry((folder / name).stat().st_size, digest) for name, digest in zip(own, hashes, strict=True)}
-    manifest = {name: entry for part in comm.gather_objects(entries, group) for name, entry in part.items()}
-    if comm.rank(group) == 0:
-        _write_manifest(folder, dict(sorted(manifest.items())))
+        hashes = list(pool.map(lambda name: _sha256(folder / name), names))
+    return {name: FileEntry((folder / name).stat().st_size, digest) for name, digest in zip(names, hashes, strict=True)}
 
 
 def _files(folder: Path) -> list[str]:
@@ -192,31 +207,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-# ---- files that survive a crash -------------------------------------------------------------------------------------------
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_synced(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader, or a crash, sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.new")
-    write_synced(temporary, text)
-    temporary.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

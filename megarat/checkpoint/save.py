@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 import megarat
 from megarat import comm
@@ -38,20 +37,17 @@ from megarat.checkpoint.manifest import (
     TOKENIZER,
     WEIGHTS,
     CheckpointState,
+    Manifest,
     folder_name,
     pair_of,
-    replace_synced,
-    sync,
     write_manifest,
-    write_synced,
 )
 from megarat.checkpoint.shards import Held, SavePlanner, as_state_dict, bytes_held
+from megarat.checkpoint.storage import Writer
 from megarat.config import Config, ModelConfig
 from megarat.errors import ToldByFirstRank, UserError
+from megarat.files import replace_synced, sync, write_synced
 from megarat.model.pattern import describe
-
-_FILE_BYTES = 1 << 30  # about this much per file, so that several threads can write and check a large checkpoint
-_MAX_FILES = 8
 
 
 @dataclass
@@ -73,8 +69,8 @@ def save(checkpoints: Path, snapshot: Snapshot, group: ProcessGroup | None = Non
     Raises ``UserError`` when the disk refuses (full, quota, permissions); earlier checkpoints and ``latest`` are then untouched.
     """
     target = checkpoints / folder_name(snapshot.state.pair)
-    with _commit(target, group) as staging:
-        _write(staging, target, snapshot, group)
+    with _commit(target, group) as (staging, written):
+        written |= _write(staging, target, snapshot, group)
 
     def point() -> None:
         with _disk_errors(checkpoints / LATEST):
@@ -106,10 +102,9 @@ def save_imported(
     config.run.dir, config.data.shards = str(out), "(imported weights: name the data)"
     parent = {"kind": "import", "path": str(source.resolve()), **told}
     state = CheckpointState("import", int(told.get("step") or 0), 0, config, describe(config.patterns), "fp32", parent=parent)
-    with _commit(out, None) as staging:
-        _write(
-            staging, out, Snapshot(state, {name: tensor.float() for name, tensor in weights.items()}, tokenizer=tokenizer), None
-        )
+    snapshot = Snapshot(state, {name: tensor.float() for name, tensor in weights.items()}, tokenizer=tokenizer)
+    with _commit(out, None) as (staging, written):
+        written |= _write(staging, out, snapshot, None)
     return out
 
 
@@ -129,15 +124,15 @@ def remove_leftovers(checkpoints: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(folder: Path, target: Path, snapshot: Snapshot, group: ProcessGroup | None) -> None:
-    """Fill ``folder``, which is to become ``target``."""
+def _write(folder: Path, target: Path, snapshot: Snapshot, group: ProcessGroup | None) -> Manifest:
+    """Fill ``folder``, which is to become ``target``; returns what this rank wrote of the tensors."""
     comm.first_decides(lambda: _write_description(folder, target, snapshot), group)
-    _write_tensors(folder / WEIGHTS, snapshot.weights, group)
-    if snapshot.masters:
-        _write_tensors(folder / MASTERS, snapshot.masters, group)
-    if snapshot.moments:
-        moments = {f"{kind}.{name}": tensor for kind, named in snapshot.moments.items() for name, tensor in named.items()}
-        _write_tensors(folder / OPTIMIZER, moments, group)
+    moments = {f"{kind}.{name}": tensor for kind, named in snapshot.moments.items() for name, tensor in named.items()}
+    written: Manifest = {}
+    for part, tensors in {WEIGHTS: snapshot.weights, MASTERS: snapshot.masters, OPTIMIZER: moments}.items():
+        if tensors:
+            written |= {f"{part}/{name}": entry for name, entry in _write_tensors(folder / part, tensors, group).items()}
+    return written
 
 
 def _write_description(folder: Path, target: Path, snapshot: Snapshot) -> None:
@@ -151,9 +146,9 @@ def _write_description(folder: Path, target: Path, snapshot: Snapshot) -> None:
             _copy_tokenizer(snapshot.tokenizer, folder / TOKENIZER)
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Held], group: ProcessGroup | None) -> None:
+def _write_tensors(folder: Path, tensors: Mapping[str, Held], group: ProcessGroup | None) -> Manifest:
     """This rank's files of one part; torch syncs them, and fails on every rank when it fails on one."""
-    writer = FileSystemWriter(folder, thread_count=min(_MAX_FILES, 1 + bytes_held(tensors) // _FILE_BYTES))
+    writer = Writer(folder, bytes_held(tensors))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         state_dict_saver.save(
@@ -163,6 +158,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Held], group: ProcessGrou
             process_group=group,
             no_dist=comm.size(group) == 1,
         )
+    return writer.entries()
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
@@ -174,14 +170,18 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _commit(target: Path, group: ProcessGroup | None) -> Iterator[Path]:
-    """A hidden folder to fill, which becomes ``target`` at the end of the block, whole, or vanishes; every rank fills its part."""
+def _commit(target: Path, group: ProcessGroup | None) -> Iterator[tuple[Path, Manifest]]:
+    """A hidden folder to fill, which becomes ``target`` at the end of the block, whole, or vanishes; every rank fills its part.
+
+    What a rank adds to the manifest that comes with the folder need not be hashed again.
+    """
+    written: Manifest = {}
     staging = comm.first_decides(lambda: _stage(target), group)
     try:
         with _failing_together(target, group):
-            yield staging
+            yield staging, written
         with _failing_together(target, group):
-            write_manifest(staging, group)
+            write_manifest(staging, written, group)
         comm.first_decides(lambda: _publish(staging, target), group)
     finally:
         if comm.rank(group) == 0:

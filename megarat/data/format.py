@@ -47,6 +47,7 @@ import numpy.typing as npt
 
 from megarat.data.store import Gone, LocalStore, Store
 from megarat.errors import UserError
+from megarat.files import sync
 
 FORMAT = "megarat-shards"
 VERSION = 2
@@ -460,21 +461,12 @@ def _staged(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(file.fileno())
         file.close()
         os.replace(staging, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except BaseException:
         with suppress(OSError):  # a full disk fails once more when the buffer is flushed
             file.close()
         staging.unlink(missing_ok=True)
         raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 An item is claimed by a lock on its file and done when its result is there, written as a whole. The lock is the system's (POSIX record
 lock): it ends with the process that holds it however that dies, and another process then does the item. Who is fast does more. What is
-done stays done, so the same command goes on after an interruption. Results are combined in the order of the items, whoever did them:
-they do not depend on the number of processes.
+done stays done, so the same command goes on after an interruption; a process that is asked to stop ends its item first. Results are
+combined in the order of the items, whoever did them: they do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megarat.checkpoint.manifest import replace_synced
-from megarat.errors import UserError
+from megarat.errors import StoppedEarly, UserError
+from megarat.files import replace_synced
+from megarat.heartbeat import beat
+from megarat.train.guard import StopRequest
 
 _POLL_S = 0.5  # between looks at items that others have claimed
 
@@ -32,10 +34,11 @@ class Item(NamedTuple):
 
 
 class Work:
-    """Where results lie; without a folder they are kept nowhere and every item is done here."""
+    """Where results lie; without a folder they are kept nowhere and every item is done here. ``stop`` is looked at before each item."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, stop: StopRequest | None = None) -> None:
         self._folder = folder
+        self._stop = stop
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -43,17 +46,30 @@ class Work:
                 raise UserError(f"--out: cannot write {folder}: {error}") from None
 
     def run(self, items: Sequence[Item], on_done: Callable[[int], object] = lambda _: None) -> list[dict[str, Any]]:
-        """The results of all items, in their order; ``on_done`` hears the size of each as it is there, from here or elsewhere."""
+        """The results of all items, in their order; ``on_done`` hears the size of each as it is there, from here or elsewhere.
+
+        Raises ``StoppedEarly`` when ``stop`` was asked for before the last.
+        """
         results: dict[int, dict[str, Any]] = {}
         while len(results) < len(items):
             before = len(results)
             for index, item in enumerate(items):
-                if index not in results and (result := self._result(item)) is not None:
+                if index in results:
+                    continue
+                self._go_on(len(results), len(items))
+                if (result := self._result(item)) is not None:
                     results[index] = result
                     on_done(item.size)
             if len(results) == before:
                 time.sleep(_POLL_S)
         return [results[index] for index in range(len(items))]
+
+    def _go_on(self, done: int, of: int) -> None:
+        beat()
+        if self._stop is not None and self._stop.reason is not None:
+            raise StoppedEarly(
+                f"stopped after {done} of {of} pieces of work ({self._stop.reason}); {self._folder} keeps them, the same command goes on"
+            )
 
     def _result(self, item: Item) -> dict[str, Any] | None:
         """The item's result, done now if nobody has; None while another process is at it."""

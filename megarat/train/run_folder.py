@@ -23,10 +23,11 @@ import torch
 import megarat
 from megarat import config as configuration
 from megarat.checkpoint.load import CHECKPOINTS, find_latest, load_state
-from megarat.checkpoint.manifest import CheckpointState, replace_synced
+from megarat.checkpoint.manifest import CheckpointState
 from megarat.checkpoint.save import remove_leftovers
 from megarat.config import Config
 from megarat.errors import UserError
+from megarat.files import replace_synced
 from megarat.log import METRICS, last_recorded_pair
 
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"

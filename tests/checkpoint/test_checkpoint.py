@@ -15,6 +15,7 @@ import torch
 from megarat.checkpoint import load
 from megarat.checkpoint.manifest import MANIFEST, CheckpointState, read_manifest
 from megarat.checkpoint.save import Snapshot, prune, save, save_imported
+from megarat.checkpoint.storage import Reader
 from megarat.config import ModelConfig
 from megarat.errors import UserError
 from megarat.model import names
@@ -215,7 +216,7 @@ class _Payload:
 def test_a_pickle_that_would_run_code_is_refused(checkpoint, capsys):
     with pytest.raises(UserError, match=r"names builtins.print, which no checkpoint needs"):
         (checkpoint / "weights" / ".metadata").write_bytes(pickle.dumps(_Payload()))
-        load._Reader(checkpoint / "weights").read_metadata()
+        Reader(checkpoint / "weights").read_metadata()
     assert "never run" not in capsys.readouterr().out
 
 

@@ -1,0 +1,31 @@
+"""Files that survive a crash: what was written is on the disk, and a file is replaced as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_synced(path: Path, text: str) -> None:
+    """Replace a file as a whole: a reader, or a crash, sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.new")
+    write_synced(temporary, text)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
