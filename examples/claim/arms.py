@@ -1,0 +1,66 @@
+"""The arms of the comparison, as keys of an ordinary config, and the patterns they are read under."""
+
+from __future__ import annotations
+
+from megarat import config as configuration
+from megarat.config import Config
+from megarat.errors import UserError
+
+# A window beyond the sequence shows every key: the first pass of a pair is then dense, as the second.
+_DENSE_TWICE = ("attention.train_dilation=-1", "attention.train_window=1000000")
+_NO_RECURRENCE = ("model.recurrence=false",)
+_ONE_UPDATE = ("attention.train_dilation=1",)
+
+ARMS: dict[str, tuple[str, ...]] = {
+    "ratplus": (),  # a sparse (D=64) and a dense update a batch
+    "recurrence": _DENSE_TWICE,  # RAT+ without the sparse pass; two dense updates a batch, so that their number is the same
+    "attention-pair": _NO_RECURRENCE,  # attention alone, trained like ratplus: the FLOP-matched joint training
+    "attention": _NO_RECURRENCE + _DENSE_TWICE,  # attention alone, two dense updates a batch
+    "recurrence-once": _ONE_UPDATE,  # the same two with one update a batch: half the updates and FLOPs, as in the anchor
+    "attention-once": _NO_RECURRENCE + _ONE_UPDATE,
+}
+TITLES = {
+    "ratplus": "(a) RAT+, sparse + dense pair",
+    "recurrence": "(b) RAT+ without the sparse pass",
+    "attention-pair": "(c) attention only, sparse + dense pair",
+    "attention": "(d) attention only, dense",
+    "recurrence-once": "(b1) as (b), one update a batch",
+    "attention-once": "(d1) as (d), one update a batch",
+}
+WINDOWED = "D=16,W=256,I=4"
+SINKS = "D=-1,W=256,I=4"
+READINGS = ("dense", "D=4", "D=16", "D=64", WINDOWED, SINKS)
+TOPK = tuple(f"D=-1 + topk blocks={blocks},size=64,score=max" for blocks in (3, 4, 8))
+
+# Share of the pretraining's batches that an adaptation takes: about 1 %, and the 48 of 1167 batches of the anchor.
+SHORT, LONG = 0.01, 0.041
+ADAPTATIONS: tuple[tuple[str, float], ...] = (
+    ("D=16", LONG),
+    ("D=64", LONG),
+    ("D=16", SHORT),
+    ("D=64", SHORT),
+    ("dense", LONG),
+    ("D=4", LONG),
+    (WINDOWED, LONG),
+    (SINKS, LONG),
+)
+
+
+def pretraining(path: str, arm: str, overrides: tuple[str, ...] = ()) -> Config:
+    """The config of an arm. Raises ``UserError``."""
+    if arm not in ARMS:
+        raise UserError(f"arm {arm!r}: expected one of {', '.join(ARMS)}")
+    config = configuration.load(path, (*ARMS[arm], *overrides))
+    config.run.dir = f"{config.run.dir}/{arm}-{config.train.seed}"
+    return config
+
+
+def adaptation(pretrain: Config, pattern: str, share: float) -> Config:
+    """The published adaptation: fresh optimizer, a tenth of the learning rate, no warm-up; ``share`` of the batches of pretraining."""
+    tree = pretrain.to_dict()
+    batches = max(1, round(share * pretrain.train.pairs))
+    tree["run"]["dir"] = f"{pretrain.run.dir}-adapted/{pattern}-{batches}"
+    tree["attention"] = {"pattern": pattern}
+    tree["train"]["pairs"] = batches
+    tree["optim"] |= {"lr": pretrain.optim.lr / 10, "warmup": 0}
+    return configuration.from_dict(tree)
