@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED, StoppedEarly, ToldByFirstRank, UserError
@@ -230,6 +231,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     from megarat.eval.report import write_report
     from megarat.eval.runner import EvalSettings, evaluate, table, write_results
     from megarat.mesh import identify
+    from megarat.train.guard import StopRequest
 
     settings = EvalSettings(
         patterns=[_reading(text) for text in arguments.pattern],
@@ -248,7 +250,9 @@ def _eval(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         precision=arguments.precision,
     )
-    results = evaluate(arguments.checkpoint, settings, arguments.out)
+    # Asked to stop, an evaluation that keeps its work ends its piece of it first; without --out there is nothing to keep.
+    with StopRequest().listening() if arguments.out else nullcontext() as stop:
+        results = evaluate(arguments.checkpoint, settings, arguments.out, stop)
     if identify(os.environ).rank > 0:
         return
     print(table(results))

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from megarat.config import Config
 from megarat.errors import UserError
+from megarat.heartbeat import beat
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard/events.out.tfevents.megarat"  # TensorBoard takes every file whose name has "tfevents" in it
@@ -65,6 +66,7 @@ class RunLog:
         )
         if not enabled:
             return
+        beat()
         drop_later_lines(run_dir / METRICS, first_pair)
         self._metrics = (run_dir / METRICS).open("ab", buffering=0)  # each line is out before the next pair begins
         self._events = _continued_events(run_dir, first_pair) if config.log.tensorboard else None
@@ -83,6 +85,7 @@ class RunLog:
         """Record one pair (every ``log.every``-th and the last) and move the bar."""
         if not self._enabled:
             return
+        beat()
         self._bar.update()
         self._bar.set_postfix(_summary(metrics), refresh=False)
         if metrics["pair"] % self._every and metrics["pair"] != self._total:

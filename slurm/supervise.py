@@ -7,6 +7,7 @@
     2                       bad input: the job fails, the message is in its log; starting again would not help
     75                      stopped on request, with a checkpoint: requeued, the same command goes on
     anything else           died: requeued, within the budget of retries; twice in a row at the same pair: the job fails and says so
+    no sign of life         for MEGARAT_HANG seconds: stacks are asked for, the ranks are killed; counts as died
     nothing (node lost)     counts as died; Slurm has requeued the job itself
     an unhealthy node       requeued without that node, within the budget
 
@@ -17,9 +18,9 @@ Every start and ending is a line of RUN_DIR/slurm/history.jsonl, which ``megarat
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import fcntl
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -27,198 +28,57 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
 
-EXIT_OK, EXIT_GAVE_UP, EXIT_REFUSED, EXIT_STOPPED = 0, 1, 2, 75
-DONE, REFUSED, STOPPED, DIED, LOST, UNHEALTHY = "done", "refused", "stopped", "died", "lost", "unhealthy"
-_FAILURES = (DIED, LOST, UNHEALTHY)  # what uses up retries
-_STALLS = 3  # stops in a row without a new pair, after which the time limit must be too short
-_HEALTH_SECONDS = 300
-_TAIL_BYTES = 1 << 16
+from history import (
+    DIED,
+    DONE,
+    EXIT_OK,
+    EXIT_REFUSED,
+    EXIT_STOPPED,
+    HUNG,
+    LOST,
+    REFUSED,
+    STOPPED,
+    UNHEALTHY,
+    Decision,
+    Ending,
+    History,
+    decide,
+    newest_checkpoint,
+    now,
+    progress,
+)
+from job import ROOT, Job, end, python, srun
 
-
-class Ending(NamedTuple):
-    """How a start of a job ended, and the last pair that the run had recorded by then (None: it records none)."""
-
-    kind: str
-    pair: int | None = None
-    code: int | None = None
-
-
-class Decision(NamedTuple):
-    """What comes next: the exit code of the job, whether it is requeued, and why."""
-
-    code: int
-    requeue: bool
-    why: str
-
-
-def decide(ending: Ending, earlier: Sequence[Ending], retries: int) -> Decision:
-    """What follows from this ending, after the ``earlier`` ones of the same job."""
-    if ending.kind == DONE:
-        return Decision(EXIT_OK, False, "done")
-    if ending.kind == REFUSED:
-        return Decision(EXIT_REFUSED, False, "bad input or a run folder in use: see the message above; not requeued")
-    at = "" if ending.pair is None else f" after pair {ending.pair}"
-    if ending.kind == STOPPED:
-        if [(past.kind, past.pair) for past in earlier[1 - _STALLS :]] == [(STOPPED, ending.pair)] * (_STALLS - 1):
-            return Decision(
-                EXIT_GAVE_UP, False, f"stopped {_STALLS} times in a row{at}, with nothing done in between: raise the time limit"
-            )
-        return Decision(EXIT_STOPPED, True, f"stopped on request{at}")
-    failures = sum(past.kind in _FAILURES for past in [*earlier, ending])
-    what = {DIED: f"died with exit code {ending.code}", LOST: "was lost with its node", UNHEALTHY: "had an unhealthy node"}[
-        ending.kind
-    ]
-    if ending.kind != UNHEALTHY and earlier and earlier[-1].kind in (DIED, LOST) and earlier[-1].pair == ending.pair:
-        return Decision(EXIT_GAVE_UP, False, f"{what}{at}, for the second time at the same place: not requeued, look at the log")
-    if failures > retries:
-        return Decision(EXIT_GAVE_UP, False, f"{what}{at}; that was failure {failures}, and --retries is {retries}: not requeued")
-    return Decision(EXIT_STOPPED, True, f"{what}{at} (failure {failures}, {retries} are allowed)")
-
-
-# ---- records -----------------------------------------------------------------------------------------------------------------------
-
-
-class History:
-    """RUN_DIR/slurm/history.jsonl as far as it concerns this job."""
-
-    def __init__(self, run_dir: Path, job: str, restart: int) -> None:
-        self.path = run_dir / "slurm" / "history.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._own = {"job": job, "restart": restart}
-
-    def record(self, event: str, **details: Any) -> None:
-        """Append one line."""
-        line = json.dumps({"event": event, "time": _now(), **self._own, **details})
-        with self.path.open("ab", buffering=0) as file:
-            file.write(f"{line}\n".encode())
-
-    def lines(self) -> list[dict[str, Any]]:
-        """All lines of the run; a torn one is left out."""
-        lines = []
-        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []:
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                continue
-        return lines
-
-    def endings(self) -> list[Ending]:
-        """Earlier endings of this job; a start without one was lost."""
-        endings: list[Ending] = []
-        started = None
-        for line in self.lines():
-            if line["job"] != self._own["job"]:
-                continue
-            if line["event"] == "start":
-                endings += [Ending(LOST, line.get("pair"))] if started else []
-                started = line
-            elif line["event"] == "end":
-                endings.append(Ending(line["kind"], line.get("pair"), line.get("code")))
-                started = None
-        return endings
-
-    def open_start(self) -> bool:
-        """Whether the last start of this job has no ending: the node went away with everything on it."""
-        own = [line for line in self.lines() if line["job"] == self._own["job"]]
-        return bool(own) and own[-1]["event"] == "start"
-
-
-def last_pair(run_dir: Path) -> int | None:
-    """The last pair in the run's ``metrics.jsonl``; None when it has none."""
-    try:
-        with (run_dir / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            tail = file.read().splitlines()
-    except OSError:
-        return None
-    for line in reversed(tail):
-        try:
-            return int(json.loads(line)["pair"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return None
-
-
-def newest_checkpoint(run_dir: Path) -> str | None:
-    """The name of the newest checkpoint, or None."""
-    return max((folder.name for folder in (run_dir / "checkpoints").glob("pair_*")), default=None)
-
-
-# ---- Slurm -------------------------------------------------------------------------------------------------------------------------
-
-
-class Job:
-    """This job, by Slurm's own variables and commands."""
-
-    def __init__(self) -> None:
-        array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
-        # The number of an array's last task is also that of the array: by it, all tasks would be requeued.
-        self.id = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
-        self.restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        self.nodes = os.environ.get("SLURM_JOB_NODELIST", "")
-        self.num_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
-        self.gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
-
-    def is_ending(self) -> bool:
-        """Whether Slurm itself is ending this job: it was cancelled, preempted or has met its time limit."""
-        state = _output("squeue", "-h", "-j", self.id, "-o", "%T")
-        return state is not None and state not in ("RUNNING", "")
-
-    def requeue(self, without: Sequence[str]) -> str | None:
-        """Queue this job again, not on the nodes ``without``; returns Slurm's complaint, if it has one."""
-        excluded = _field(self.id, "ExcNodeList")  # before: what this job starts while it is being requeued is killed with it
-        complaint = _complaint("scontrol", "requeue", self.id)
-        if complaint or not without:
-            return complaint
-        nodes = ",".join([*([] if excluded in ("", "(null)") else [excluded]), *without])
-        for _ in range(50):  # only a pending job can be told; one that is requeued waits some seconds before it starts
-            if not (complaint := _complaint("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={nodes}")):
-                return None
-            time.sleep(0.1)
-        return complaint
-
-    def unhealthy_nodes(self, root: Path) -> dict[str, str]:
-        """Node -> what is wrong with it, for the nodes that ``health.py`` complains about or does not come back from."""
-        command = _srun("--nodes", str(self.num_nodes), "--ntasks", str(self.num_nodes), "--ntasks-per-node=1")
-        command += [*_python(), str(root / "slurm" / "health.py"), "--gpus", str(self.gpus)]
-        try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=_HEALTH_SECONDS)
-            lines = done.stdout.splitlines()
-        except subprocess.TimeoutExpired as late:
-            lines = (late.stdout or b"").decode().splitlines()
-        reports = [json.loads(line) for line in lines if line.startswith("{")]
-        found = {report["node"]: "; ".join(report["faults"]) for report in reports}
-        expected = (_output("scontrol", "show", "hostnames", self.nodes) or "").split()
-        silent = {node: "the health check did not come back" for node in expected if node not in found}
-        return {node: faults for node, faults in (found | silent).items() if faults}
-
-
-def _srun(*options: str) -> list[str]:
-    return ["srun", *options, *shlex.split(os.environ.get("MEGARAT_SRUN_OPTIONS", ""))]
-
-
-def _python() -> list[str]:
-    return [*shlex.split(os.environ.get("MEGARAT_CONTAINER", "")), os.environ.get("MEGARAT_PYTHON", sys.executable)]
-
-
-def _output(*command: str) -> str | None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _complaint(*command: str) -> str | None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    return (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else None
-
-
-def _field(job: str, name: str) -> str:
-    shown = _output("scontrol", "-o", "show", "job", job) or ""
-    return next((item.partition("=")[2] for item in shown.split() if item.startswith(f"{name}=")), "")
-
+_LOOK_S = 1.0  # between looks at a running step
+_LOCK_S = 300.0  # that an earlier start's ranks get to end; after that, this start's are refused and say by whom
+_STACKS_S = 5.0  # that hanging ranks get to print where they are
 
 # ---- one start ---------------------------------------------------------------------------------------------------------------------
+
+
+class Heartbeat:
+    """A file that the command touches as it goes on, and in which it finds out whether it is still the present start of this job."""
+
+    def __init__(self, run_dir: Path, job: Job) -> None:
+        self.limit = float(os.environ.get("MEGARAT_HANG", 1800))  # seconds without a sign of life; 0: do not watch
+        self._path = (run_dir / f"slurm/heartbeat-{job.id}").absolute()
+        start = f"{job.id}.{job.restart}"
+        self._path.write_text(start + "\n", encoding="utf-8")
+        os.environ |= {"MEGARAT_HEARTBEAT": str(self._path), "MEGARAT_START": start}
+        self._last, self._since = self._touched(), time.monotonic()
+
+    def silence(self) -> float:
+        """Seconds since the file last changed, as seen here: clocks of nodes and of file servers may differ."""
+        if (touched := self._touched()) != self._last:
+            self._last, self._since = touched, time.monotonic()
+        return time.monotonic() - self._since
+
+    def _touched(self) -> int | None:
+        try:
+            return self._path.stat().st_mtime_ns
+        except OSError:
+            return None
 
 
 class Ranks:
@@ -227,19 +87,33 @@ class Ranks:
     def __init__(self) -> None:
         self.asked: int | None = None  # the last signal that was passed on
         self._srun: subprocess.Popen[bytes] | None = None
+        self._parent = os.getppid()
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._pass_on)
 
-    def run(self, command: Sequence[str]) -> int:
-        """Exit code of srun: the highest of all ranks, 128 + signal for a rank that was killed."""
+    def run(self, command: Sequence[str], heartbeat: Heartbeat) -> tuple[str, int | None]:
+        """How the ranks ended, and srun's exit code: the highest of all ranks, 128 + signal for a rank that was killed."""
         if self.asked is not None:
-            return 128 + self.asked
+            return STOPPED, None
         wait = os.environ.get("MEGARAT_RANK_WAIT", "60")
-        self._srun = subprocess.Popen(_srun("--kill-on-bad-exit=0", f"--wait={wait}", "--label") + list(command))
+        step = self._srun = subprocess.Popen(srun("--kill-on-bad-exit=0", f"--wait={wait}", "--label") + list(command))
         if self.asked is not None:  # it came while srun was being started
-            self._srun.send_signal(signal.SIGUSR1)
-        code = self._srun.wait()
-        return 128 - code if code < 0 else code
+            step.send_signal(signal.SIGUSR1)
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = step.wait(_LOOK_S)
+                code = 128 - code if code < 0 else code
+                return classify(code, self.asked), code
+            if os.getppid() != self._parent:
+                _say("the step daemon of this script has died: ending the ranks")
+                end(step)
+                return DIED, None
+            if 0 < heartbeat.limit < (silence := heartbeat.silence()):
+                _say(f"no sign of life for {silence:.0f} s: asking the ranks where they are, then killing them")
+                step.send_signal(signal.SIGUSR2)
+                time.sleep(_STACKS_S)
+                end(step)
+                return HUNG, None
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         _say(f"{signal.Signals(number).name}: asking all ranks to stop with a checkpoint")
@@ -261,36 +135,51 @@ def main() -> int:
     ranks, job = Ranks(), Job()
     history = History(arguments.run_dir, job.id, job.restart)
     if history.open_start():
-        ending = Ending(LOST, last_pair(arguments.run_dir))
+        ending = Ending(LOST, progress(arguments.run_dir))
         decision = decide(ending, history.endings(), arguments.retries)
         history.record("end", kind=LOST, pair=ending.pair)
         _say(f"start {job.restart} of job {job.id} {decision.why}")
         if not decision.requeue:
             return decision.code
-    if lost := _lost_checkpoint(history, arguments.run_dir):
+    if lost := history.lost_checkpoint(arguments.run_dir):
         _say(lost)
         return EXIT_REFUSED
     return _one_start(arguments, ranks, job, history)
 
 
 def _one_start(arguments: argparse.Namespace, ranks: Ranks, job: Job, history: History) -> int:
-    earlier = history.endings()
-    root = Path(__file__).resolve().parents[1]
-    begin = newest_checkpoint(arguments.run_dir) or "the beginning (there is no checkpoint yet)"
+    earlier, run_dir = history.endings(), arguments.run_dir
+    begin = newest_checkpoint(run_dir) or "the beginning (there is no checkpoint yet)"
     _say(f"start {job.restart + 1} of job {job.id} on {job.nodes}, from {begin}")
-    bad = {} if os.environ.get("MEGARAT_HEALTH") == "off" else job.unhealthy_nodes(root)
-    history.record("start", nodes=job.nodes, pair=last_pair(arguments.run_dir), unhealthy=bad)
+    bad = job.unhealthy_nodes(os.environ.get("MEGARAT_HEALTH", "full"))
+    history.record("start", nodes=job.nodes, pair=progress(run_dir), unhealthy=bad)
+    for node, faults in bad.items():
+        _say(f"{node or job.nodes} is not healthy: {faults}")
     if bad:
-        for node, faults in bad.items():
-            _say(f"{node} is not healthy: {faults}")
-        ending = Ending(UNHEALTHY, last_pair(arguments.run_dir))
+        kind, code = UNHEALTHY, None
     else:
-        code = ranks.run([*_python(), str(root / "slurm" / "launch.py"), *arguments.command])
-        ending = Ending(classify(code, ranks.asked), last_pair(arguments.run_dir), code)
+        heartbeat = Heartbeat(run_dir, job)
+        if earlier:
+            _wait_for_earlier_ranks(run_dir / "lock")
+        kind, code = ranks.run([*python(), str(ROOT / "slurm/launch.py"), *arguments.command], heartbeat)
+    ending = Ending(kind, progress(run_dir), code)
     decision = decide(ending, earlier, arguments.retries)
-    history.record("end", kind=ending.kind, pair=ending.pair, code=ending.code, why=decision.why, requeued=decision.requeue)
+    history.record(
+        "end", kind=kind, pair=ending.pair, code=code, why=decision.why, requeued=decision.requeue,
+        checkpoint=newest_checkpoint(run_dir),
+    )  # fmt: skip
     _say(decision.why)
-    return _requeue(job, decision, list(bad))
+    return _requeue(job, decision, [node for node in bad if node])
+
+
+def _wait_for_earlier_ranks(lock: Path) -> None:
+    """Wait until no rank of an earlier start holds the run's lock: on a node that Slurm lost, it takes some time to learn that it has to end."""
+    deadline = time.monotonic() + _LOCK_S
+    while lock.exists() and time.monotonic() < deadline:
+        with lock.open("a") as file, contextlib.suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(_LOOK_S)
 
 
 def _requeue(job: Job, decision: Decision, without: Sequence[str]) -> int:
@@ -306,18 +195,6 @@ def _requeue(job: Job, decision: Decision, without: Sequence[str]) -> int:
     return decision.code
 
 
-def _lost_checkpoint(history: History, run_dir: Path) -> str | None:
-    """A run that has once stopped with a checkpoint must not silently begin again without it."""
-    stopped = [
-        line
-        for line in history.lines()
-        if line["event"] == "end" and line["kind"] == STOPPED and line.get("code") == EXIT_STOPPED
-    ]
-    if stopped and newest_checkpoint(run_dir) is None:
-        return f"{run_dir}: was stopped with a checkpoint after pair {stopped[-1]['pair']}, but {run_dir / 'checkpoints'} holds none; restore it"
-    return None
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, required=True, help="where the run is and its history is kept")
@@ -329,11 +206,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _say(message: str) -> None:
-    print(f"[{_now()}] megarat on Slurm: {message}", flush=True)
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    print(f"[{now()}] megarat on Slurm: {message}", flush=True)
 
 
 if __name__ == "__main__":

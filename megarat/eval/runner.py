@@ -30,6 +30,7 @@ from megarat.infer.reading import Reading, ReadingSpec
 from megarat.infer.text import find_tokenizer
 from megarat.mesh import identify
 from megarat.model.pattern import PatternSpec
+from megarat.train.guard import StopRequest
 
 RESULTS_SCHEMA = 1
 SPLITS = ("train", "validation")
@@ -57,10 +58,13 @@ class EvalSettings:
     progress: bool = True
 
 
-def evaluate(checkpoint: str | Path, settings: EvalSettings, out: str | Path | None = None) -> dict[str, Any]:
+def evaluate(
+    checkpoint: str | Path, settings: EvalSettings, out: str | Path | None = None, stop: StopRequest | None = None
+) -> dict[str, Any]:
     """Results of every task and pattern as plain values (the schema is in ``docs/evaluation.md``).
 
     With ``out`` the work is shared with every other process that evaluates the same there, and goes on where an earlier one ended.
+    Raises ``StoppedEarly`` when ``stop`` asks for it before the end.
     """
     tasks = parse_tasks(settings.tasks)
     if "harness" in tasks:
@@ -70,7 +74,7 @@ def evaluate(checkpoint: str | Path, settings: EvalSettings, out: str | Path | N
     readings = [model.reading(pattern) for pattern in settings.patterns or ["dense"]]
     state = checkpoints.load_state(model.checkpoint)
     length = settings.sequence_length or state.config.data.sequence_length
-    work = Work(None if out is None else Path(out) / "work" / _name_of_work(model, length, settings))
+    work = Work(None if out is None else Path(out) / "work" / _name_of_work(model, length, settings), stop)
     rows: dict[str, Sequence[PatternScore | NeedleScore | HarnessScore]] = {}
     if "ppl" in tasks:
         data = state.config.data

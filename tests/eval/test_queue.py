@@ -14,10 +14,11 @@ import pytest
 
 from megarat.checkpoint.convert import import_upstream
 from megarat.data.format import Piece, ShardWriter, TokenizerInfo, token_dtype
-from megarat.errors import UserError
+from megarat.errors import StoppedEarly, UserError
 from megarat.eval import perplexity, queue
 from megarat.eval.queue import Item, Work
 from megarat.eval.runner import EvalSettings, evaluate
+from megarat.train.guard import StopRequest
 
 
 def items(log: Path, count: int, seconds: float = 0.0) -> list[Item]:
@@ -53,6 +54,20 @@ def test_without_a_folder_every_item_is_done_here(tmp_path):
     heard = []
     assert Work(None).run(items(tmp_path / "log", 3), heard.append) == [{"square": 0}, {"square": 1}, {"square": 4}]
     assert heard == [1, 1, 1]
+
+
+def test_asked_to_stop_a_process_ends_its_item_keeps_it_and_the_next_goes_on(tmp_path):
+    def stop_after_the_third(number: int) -> dict:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return {"square": number * number}
+
+    folder = tmp_path / "work"
+    stopping = [Item(f"item-{n}", 1, lambda n=n: stop_after_the_third(n)) for n in range(5)]
+    with StopRequest().listening() as stop, pytest.raises(StoppedEarly, match="after 3 of 5 pieces of work .SIGUSR1."):
+        Work(folder, stop).run(stopping)
+    assert Work(folder).run(items(tmp_path / "log", 5)) == [{"square": n * n} for n in range(5)]
+    assert [line.split()[0] for line in (tmp_path / "log").read_text().splitlines()] == ["3", "4"]
 
 
 def test_processes_share_the_items_and_each_gets_all_results(tmp_path):
