@@ -261,7 +261,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from megarat.infer.generate import Sampling
+    from megarat.infer.sampling import Sampling
     from megarat.infer.text import print_continuation
 
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.repetition_penalty, arguments.seed)

@@ -17,8 +17,8 @@ from megarat.data.tokenizer import Tokenizer
 from megarat.errors import UserError
 from megarat.infer.engine import Engine, Request
 from megarat.infer.forward import hidden
-from megarat.infer.generate import GREEDY
 from megarat.infer.reading import Reading
+from megarat.infer.sampling import GREEDY
 from megarat.model.lm import RATPlusLM
 
 

@@ -10,7 +10,8 @@ Shapes: B sequences, T tokens of a chunk, H heads, K head channels, S slots of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,11 +21,13 @@ from megarat.config import ModelConfig
 from megarat.infer.memory import check_fits
 from megarat.infer.reading import Reading
 from megarat.infer.topk import TopK, topk_attention
-from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import HeadGroup, Pattern, Patterns, layer_groups
-from megarat.ops import ScanState, cache_slots, cache_write, decode_attention
+from megarat.ops import ScanState, cache_slots, cache_write, decode_attention, rotary_tables
 from megarat.ops.decode_attention import slot_positions
 from megarat.ops.dilated_attention import visible
+from megarat.ops.gated_scan import state_dtype
+
+_QUERIES = 4096  # of a later chunk computed at a time: bounds the memory of the mask
 
 
 @dataclass
@@ -37,18 +40,36 @@ class GroupCache:
     pattern: Pattern
     kept: Pattern
     topk: TopK | None
-    heads: tuple[int, ...]
+    heads_G: Tensor | None  # the group's heads, int64 on the device; None where they are all
     k_BHSK: Tensor
     v_BHSK: Tensor
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """This group's part of a tensor whose dimension ``dim`` counts all heads."""
+        return x if self.heads_G is None else x.index_select(dim, self.heads_G)
+
+    def put(self, whole: Tensor, part: Tensor, dim: int) -> None:
+        """Write this group's part of a tensor whose dimension ``dim`` counts all heads."""
+        if self.heads_G is None:
+            whole.copy_(part)
+        else:
+            whole.index_copy_(dim, self.heads_G, part)
+
+    def rows(self, first: int, end: int) -> GroupCache:
+        """Some of the rows, sharing their memory."""
+        return replace(self, k_BHSK=self.k_BHSK[first:end], v_BHSK=self.v_BHSK[first:end])
 
     def append(self, k_BTHK: Tensor, v_BTHK: Tensor, start: int, lengths_B: Tensor) -> None:
         """Keep what each row leaves behind of the tokens at positions ``start`` … ``lengths_B`` - 1 (none where that is no range)."""
         positions_BS = slot_positions(self.k_BHSK.shape[2], lengths_B, self.kept)
-        fresh_BS = (positions_BS >= start) & (positions_BS < lengths_B[:, None])
-        index_BHSK = (positions_BS - start).clamp(0, k_BTHK.shape[1] - 1)[:, None, :, None].expand_as(self.k_BHSK)
-        for cache, full_BTHK in ((self.k_BHSK, k_BTHK), (self.v_BHSK, v_BTHK)):
-            new_BHSK = full_BTHK.transpose(1, 2).gather(2, index_BHSK)
-            cache.copy_(torch.where(fresh_BS[:, None, :, None], new_BHSK, cache))
+        fresh_B1S1 = ((positions_BS >= start) & (positions_BS < lengths_B[:, None]))[:, None, :, None]
+        index_BS = (positions_BS - start).clamp(0, k_BTHK.shape[1] - 1)
+        for cache_BHSK, full_BTHK in ((self.k_BHSK, k_BTHK), (self.v_BHSK, v_BTHK)):
+            if len(index_BS) == 1:
+                new_BHSK = full_BTHK.index_select(1, index_BS[0]).transpose(1, 2)
+            else:
+                new_BHSK = full_BTHK.transpose(1, 2).gather(2, index_BS[:, None, :, None].expand_as(cache_BHSK))
+            cache_BHSK.copy_(torch.where(fresh_B1S1, new_BHSK, cache_BHSK))
 
     def extend(self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, start: int, lengths_B: Tensor) -> Tensor:
         """Attention (B, T, H, K) of the tokens from ``start`` on to all before them and among themselves; then keep them.
@@ -59,12 +80,16 @@ class GroupCache:
         if self.topk is not None:
             self.append(k_BTHK, v_BTHK, start, lengths_B)
             return self._attend_blocks(q_BTHK, positions_T.expand(len(q_BTHK), -1))
-        seen_TS = torch.cat((self._visible_slots(positions_T, start), visible(positions_T, positions_T, self.pattern)), dim=1)
         k_BHSK = torch.cat((self.k_BHSK, k_BTHK.transpose(1, 2)), dim=2)
         v_BHSK = torch.cat((self.v_BHSK, v_BTHK.transpose(1, 2)), dim=2)
-        out_BHTK = functional.scaled_dot_product_attention(q_BTHK.transpose(1, 2), k_BHSK, v_BHSK, attn_mask=seen_TS)
+        parts = []
+        for first in range(0, len(positions_T), _QUERIES):
+            own_T = positions_T[first : first + _QUERIES]
+            seen_TS = torch.cat((self._visible_slots(own_T, start), visible(own_T, positions_T, self.pattern)), dim=1)
+            q_BHTK = q_BTHK[:, first : first + _QUERIES].transpose(1, 2)
+            parts.append(functional.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=seen_TS))
         self.append(k_BTHK, v_BTHK, start, lengths_B)
-        return out_BHTK.transpose(1, 2)
+        return torch.cat(parts, dim=2).transpose(1, 2)
 
     def step(self, q_BHK: Tensor, k_BHK: Tensor, v_BHK: Tensor, lengths_B: Tensor) -> Tensor:
         """Attention of the current tokens of this group's heads, and keep their keys and values."""
@@ -97,8 +122,8 @@ class GroupCache:
 class SparseCache:
     """All layers' slots and states for a batch of sequences of at most ``capacity`` tokens.
 
-    ``lengths_B`` (int64, on the device) counts the tokens each sequence already has. Raises ``UserError`` where they do not fit into the
-    device's memory, before anything is taken.
+    ``lengths_B`` (int64, on the device) counts the tokens each sequence already has; ``states`` are empty without the recurrence. All of it is
+    taken here. Raises ``UserError`` where that does not fit into the device's memory, before anything is taken.
     """
 
     def __init__(
@@ -115,77 +140,83 @@ class SparseCache:
         self.reading = reading
         self.capacity = capacity
         self.lengths_B = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.states: list[ScanState | None] = [None] * config.layers
-        self._tables: tuple[Tensor, Tensor] | None = None
+        wide = state_dtype(dtype)
+        state_shape = (batch, config.heads, config.head_dim)
+        self.states = [
+            ScanState(*(torch.zeros(state_shape, dtype=wide, device=device) for _ in range(2)))
+            for _ in range(config.layers if config.recurrence else 0)
+        ]
+        positions_T = torch.arange(capacity, device=device)
+        self.rotary = rotary_tables(positions_T, config.head_dim, config.rope_base, wide)  # cos and sin of each position, (T, R)
         shape = (batch, capacity, config.head_dim)
-        self.layers = [[_empty_group(group, reading.topk, shape, dtype, device) for group in layer] for layer in reading.patterns]
+        self.layers = [
+            [_empty_group(group, len(layer) == 1, reading.topk, shape, dtype, device) for group in layer]
+            for layer in reading.patterns
+        ]
 
     @property
     def bytes(self) -> int:
         """Memory held by slots and states."""
         slots = [tensor for layer in self.layers for group in layer for tensor in (group.k_BHSK, group.v_BHSK)]
-        states = [tensor for state in self.states if state is not None for tensor in state]
+        states = [tensor for state in self.states for tensor in state]
         return sum(tensor.numel() * tensor.element_size() for tensor in slots + states)
 
-    def rotary_tables(self, model: RATPlusLM) -> tuple[Tensor, Tensor]:
-        """cos and sin of every position the cache has room for, each (capacity, R); computed once."""
-        if self._tables is None:
-            self._tables = model.rotary(torch.arange(self.capacity, device=self.lengths_B.device))
-        return self._tables
+    def rows(self, first: int, end: int) -> SparseCache:
+        """Some of the rows as a cache of their own that shares their memory."""
+        view = copy.copy(self)
+        view.lengths_B = self.lengths_B[first:end]
+        view.states = [ScanState(*(part[first:end] for part in state)) for state in self.states]
+        view.layers = [[group.rows(first, end) for group in layer] for layer in self.layers]
+        return view
+
+    def copy_(self, other: SparseCache) -> None:
+        """Take over the sequences of another cache of the same reading and capacity, row by row, or one sequence into every row."""
+        self.lengths_B.copy_(other.lengths_B.expand_as(self.lengths_B))
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            for group, source in zip(mine, theirs, strict=True):
+                group.k_BHSK.copy_(source.k_BHSK.expand_as(group.k_BHSK))
+                group.v_BHSK.copy_(source.v_BHSK.expand_as(group.v_BHSK))
+        for own, state in zip(self.states, other.states, strict=True):
+            for part, source_part in zip(own, state, strict=True):
+                part.copy_(source_part.expand_as(part))
 
     def append(self, layer: int, k_BTHK: Tensor, v_BTHK: Tensor, start: int, lengths_B: Tensor) -> None:
         """Keep one layer's keys and values of a chunk, without reading anything."""
         for group in self.layers[layer]:
-            heads = list(group.heads)
-            group.append(k_BTHK[:, :, heads], v_BTHK[:, :, heads], start, lengths_B)
+            group.append(group.own(k_BTHK, 2), group.own(v_BTHK, 2), start, lengths_B)
 
     def extend(self, layer: int, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, start: int, lengths_B: Tensor) -> Tensor:
         """One layer's attention of a chunk of tokens from ``start`` on, (B, T, H, K), head group by head group; then keep them."""
         out_BTHK = torch.empty_like(q_BTHK)
         for group in self.layers[layer]:
-            heads = list(group.heads)
-            q, k, v = (x[:, :, heads] for x in (q_BTHK, k_BTHK, v_BTHK))
-            out_BTHK[:, :, heads] = group.extend(q, k, v, start, lengths_B)
+            q, k, v = (group.own(x, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
+            group.put(out_BTHK, group.extend(q, k, v, start, lengths_B), 2)
         return out_BTHK
 
     def step(self, layer: int, q_BHK: Tensor, k_BHK: Tensor, v_BHK: Tensor) -> Tensor:
         """One layer's attention of the current tokens, (B, H, K), head group by head group; then keep them."""
-        groups = self.layers[layer]
-        if len(groups) == 1:
-            return groups[0].step(q_BHK, k_BHK, v_BHK, self.lengths_B)
         out_BHK = torch.empty_like(q_BHK)
-        for group in groups:
-            heads = list(group.heads)
-            out_BHK[:, heads] = group.step(q_BHK[:, heads], k_BHK[:, heads], v_BHK[:, heads], self.lengths_B)
+        for group in self.layers[layer]:
+            q, k, v = (group.own(x, 1) for x in (q_BHK, k_BHK, v_BHK))
+            group.put(out_BHK, group.step(q, k, v, self.lengths_B), 1)
         return out_BHK
-
-    def copy_row(self, row: int, other: SparseCache, from_row: int) -> None:
-        """Put a sequence of another cache, of the same reading and capacity, into a row of this one."""
-        self.lengths_B[row] = other.lengths_B[from_row]
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            for group, source in zip(mine, theirs, strict=True):
-                group.k_BHSK[row] = source.k_BHSK[from_row]
-                group.v_BHSK[row] = source.v_BHSK[from_row]
-        for index, state in enumerate(other.states):
-            if state is None:
-                continue
-            own = self.states[index]
-            if own is None:
-                rows = len(self.lengths_B)
-                own = self.states[index] = ScanState(*(part.new_zeros(rows, *part.shape[1:]) for part in state))
-            for part, source_part in zip(own, state, strict=True):
-                part[row] = source_part[from_row]
 
 
 def _empty_group(
-    group: HeadGroup, topk: TopK | None, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str
+    group: HeadGroup,
+    is_whole: bool,
+    topk: TopK | None,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> GroupCache:
     batch, capacity, head_dim = shape
     pattern = _within(group.pattern, capacity)
     kept = pattern if topk is None else Pattern()
     size = (batch, len(group.heads), cache_slots(kept, capacity), head_dim)
     k, v = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
-    return GroupCache(pattern, kept, topk, group.heads, k, v)
+    heads_G = None if is_whole else torch.tensor(group.heads, device=device)
+    return GroupCache(pattern, kept, topk, heads_G, k, v)
 
 
 def _within(pattern: Pattern, capacity: int) -> Pattern:

@@ -1,31 +1,26 @@
 """Continuous batching: requests of any length share a batch of decoding rows; one that ends makes room for the next at once.
 
-Each prompt is read alone (in chunks), then decoded with the others; what a request gets depends on its own seed only, never on who shares the
-batch with it, but for the last bits of matrix products of another size.
-
-Shapes: B rows, V vocabulary.
+The device is always one step ahead: a step is started before the host has seen what the one before drew. So a request that meets a stop
+decodes one token too many, which nobody sees. What a request gets depends on its own seed only, never on who shares the batch with it, but
+for the last bits of matrix products of another size.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
-
-import torch
-from torch import Tensor
 
 from megarat.data.tokenizer import Tokenizer
 from megarat.errors import UserError
-from megarat.infer.cache import SparseCache
-from megarat.infer.forward import decode_step, prefill
-from megarat.infer.generate import GREEDY, Sampling, draw
+from megarat.infer.decoder import Decoder
 from megarat.infer.reading import Reading
+from megarat.infer.sampling import GREEDY, Sampling
 from megarat.model.lm import RATPlusLM
 
 Finish = Literal["stop", "length", "cancelled"]
-_PREFILL_CHUNK = 16384  # tokens of a prompt read at a time
+_READ_TOKENS = 16384  # of prompts read between two steps while others wait for theirs
 _CONTEXT = 8  # last tokens of a prompt that are decoded with the answer, so that spaces and split characters come out right
 
 
@@ -40,56 +35,90 @@ class Request:
     stops: tuple[str, ...] = ()
 
 
-@dataclass(eq=False)
 class Generation:
-    """A request on its way. ``text`` is what will not change any more: neither half a character nor what may begin a stop string."""
+    """A request on its way: the tokens seen so far, and why it ended (None: it has not)."""
 
-    request: Request
-    context: list[int]
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish: Finish | None = None
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.ids: list[int] = []
+        self.finish: Finish | None = None
+        self.drawn = 0  # tokens, the one that the host has not seen yet among them
+        self._tokenizer = tokenizer
+        self._window = list(
+            request.ids[-_CONTEXT:]
+        )  # tokens whose text is still looked at, the first ``_settled`` of them as context
+        self._settled = len(self._window)
+        self._read = 0  # of ``ids``
+        self._whole = ""  # all text of whole characters
+        self._searched = 0  # up to here no stop string begins
 
-    def add(self, token: int, tokenizer: Tokenizer) -> None:
-        """Take the next token: it ends the generation, or its text is added."""
-        request = self.request
-        if token in request.stop_ids:
+    def add(self, token: int) -> None:
+        """Take the next token: it ends the generation or goes on with it."""
+        if token in self.request.stop_ids:
             self.finish = "stop"
         else:
             self.ids.append(token)
-            if len(self.ids) == request.max_new_tokens:
+            if len(self.ids) == self.request.max_new_tokens:
                 self.finish = "length"
-        text = self._decoded(tokenizer)
-        found = [at for stop in request.stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.text, self.finish = text[: min(found)], "stop"
-        elif self.finish:
-            self.text = text
-        elif not text.endswith("�"):
-            self.text = text[: len(text) - _held_back(text, request.stops)]
+        if self.request.stops:
+            self._look_for_stops()
 
-    def _decoded(self, tokenizer: Tokenizer) -> str:
-        before = tokenizer.decode(self.context).rstrip("�")
-        return tokenizer.decode([*self.context, *self.ids]).removeprefix(before)
+    @property
+    def text(self) -> str:
+        """What will not change any more: neither half a character nor what may begin a stop string."""
+        self._decode()
+        if self.finish is not None:
+            return self._whole
+        return self._whole[: len(self._whole) - _held_back(self._whole, self.request.stops)]
+
+    def _look_for_stops(self) -> None:
+        self._decode()
+        found = [at for stop in self.request.stops if (at := self._whole.find(stop, self._searched)) >= 0]
+        if found:
+            self._whole, self.finish = self._whole[: min(found)], "stop"
+            self._window = []
+        self._searched = max(0, len(self._whole) - max(map(len, self.request.stops)) + 1)
+
+    def _decode(self) -> None:
+        """Add the text of new tokens; half a character waits for its rest, or for the end."""
+        if self._read == len(self.ids) and (self.finish is None or not self._window):
+            return
+        self._window += self.ids[self._read :]
+        self._read = len(self.ids)
+        before = self._tokenizer.decode(self._window[: self._settled]).rstrip("\ufffd")
+        text = self._tokenizer.decode(self._window)
+        if self.finish is not None or not text.endswith("\ufffd"):
+            self._whole += text.removeprefix(before)
+            self._window = [] if self.finish is not None else self._window[self._settled :] or self._window
+            self._settled = len(self._window)
 
 
 class Engine:
     """One model read in one way, ``rows`` sequences of at most ``capacity`` tokens at a time.
 
-    Raises ``UserError`` where that many do not fit into memory, or the tokenizer is not the model's.
+    ``buckets`` and ``graphs`` are those of the ``Decoder``. Raises ``UserError`` where that many do not fit into memory, or the tokenizer is
+    not the model's.
     """
 
-    def __init__(self, model: RATPlusLM, reading: Reading, tokenizer: Tokenizer, *, rows: int, capacity: int) -> None:
+    def __init__(
+        self,
+        model: RATPlusLM,
+        reading: Reading,
+        tokenizer: Tokenizer,
+        *,
+        rows: int,
+        capacity: int,
+        buckets: Sequence[int] | None = None,
+        graphs: bool = True,
+    ) -> None:
         if tokenizer.vocab_size > model.config.vocab:
             raise UserError(
                 f"{tokenizer.file}: has {tokenizer.vocab_size} entries, but the model's vocabulary has {model.config.vocab}; name the right one"
             )
         self.capacity = capacity
-        self._model, self._reading, self._tokenizer = model, reading, tokenizer
-        self._cache = self._new_cache(rows)
+        self.decoder = Decoder(model, reading, rows, capacity, tokenizer.vocab_size, buckets=buckets, graphs=graphs)
+        self._config, self._tokenizer = model.config, tokenizer
         self._rows: list[Generation | None] = [None] * rows
-        self._generators: list[torch.Generator] = [torch.Generator(model.embedding.weight.device) for _ in range(rows)]
-        self._seen_BV = torch.zeros(rows, tokenizer.vocab_size, dtype=torch.bool, device=model.embedding.weight.device)
         self._waiting: deque[Generation] = deque()
 
     @property
@@ -107,9 +136,9 @@ class Engine:
             raise UserError(
                 f"prompt: {len(request.ids)} tokens and {request.max_new_tokens} new ones are more than the {self.capacity} allowed together"
             )
-        if not 0 <= min(request.ids) <= max(request.ids) < self._model.config.vocab:
-            raise UserError(f"prompt: has token ids outside the model's vocabulary of {self._model.config.vocab}")
-        generation = Generation(request, list(request.ids[-_CONTEXT:]))
+        if not 0 <= min(request.ids) <= max(request.ids) < self._config.vocab:
+            raise UserError(f"prompt: has token ids outside the model's vocabulary of {self._config.vocab}")
+        generation = Generation(request, self._tokenizer)
         self._waiting.append(generation)
         return generation
 
@@ -117,19 +146,29 @@ class Engine:
         """Stop working on a request; its row is free at the next step."""
         generation.finish = generation.finish or "cancelled"
 
-    @torch.no_grad()
     def step(self) -> list[Generation]:
-        """Admit what fits, decode one token of every row; returns the generations that went on or ended in this step."""
-        self._release()
-        moved = self._admit()
-        active = [row for row, generation in enumerate(self._rows) if generation is not None and generation.finish is None]
-        if active:
-            ids_B = torch.zeros(len(self._rows), dtype=torch.int64)
-            for row in active:
-                ids_B[row] = self._generation(row).ids[-1]
-            logits_BV = decode_step(self._model, ids_B.to(self._seen_BV.device), self._cache)
-            self._take(active, logits_BV[active])
-        return [*moved, *(self._generation(row) for row in active if self._generation(row) not in moved)]
+        """Read prompts into free rows, start a step of the device, and take the tokens drawn before it.
+
+        Returns the generations that went on or ended.
+        """
+        self._rows = [None if row is None or row.finish is not None else row for row in self._rows]
+        self._admit()
+        self._close_ranks()
+        running = [(row, generation) for row, generation in enumerate(self._rows) if generation is not None]
+        if not running:
+            return []
+        snapshot = self.decoder.snapshot(running[-1][0] + 1)
+        going = [(row, generation) for row, generation in running if generation.drawn < generation.request.max_new_tokens]
+        if going:
+            greedy = all(generation.request.sampling.takes_the_likeliest for _, generation in going)
+            self.decoder.step([row for row, _ in going], greedy)
+            for _, generation in going:
+                generation.drawn += 1
+        tokens = snapshot.tokens()
+        for row, generation in running:
+            if generation.finish is None:  # it may have been cancelled meanwhile
+                generation.add(tokens[row])
+        return [generation for _, generation in running]
 
     def run(self, requests: Sequence[Request], on_done: Callable[[int], object] = lambda _: None) -> list[Generation]:
         """All requests to their ends, in their order; ``on_done`` hears how many have just ended."""
@@ -138,59 +177,64 @@ class Engine:
             on_done(sum(generation.finish is not None for generation in self.step()))
         return generations
 
-    def _admit(self) -> list[Generation]:
-        """Read waiting prompts into free rows, each with its first token."""
-        admitted = []
-        for row in [row for row, generation in enumerate(self._rows) if generation is None]:
-            while self._waiting and self._waiting[0].finish is not None:
-                self._waiting.popleft()  # cancelled before its turn
-            if self._waiting:
-                admitted.append(self._waiting.popleft())
-                self._rows[row] = admitted[-1]
-                self._read(row, admitted[-1])
-        return admitted
+    def _admit(self) -> None:
+        """Read waiting prompts into free rows, each with its first token; not too many tokens at once, or those who decode would stall."""
+        budget = _READ_TOKENS
+        while budget > 0 and (gap := self._gap()) and (batch := self._next_batch(len(gap), budget)):
+            distinct = batch[:1] if _are_equal(batch) else batch  # one prompt is read once, whoever asks
+            prompts = [generation.request.ids for generation in distinct]
+            self.decoder.read(gap[0], prompts, [generation.request.sampling for generation in batch])
+            for row, generation in zip(gap, batch, strict=False):
+                self._rows[row] = generation
+                generation.drawn = 1
+            budget -= len(distinct) * max(map(len, prompts))
 
-    def _read(self, row: int, generation: Generation) -> None:
-        ids_BT = torch.tensor([generation.request.ids], device=self._seen_BV.device)
-        alone = self._new_cache(1)
-        lengths_B = torch.tensor([ids_BT.shape[1]], device=ids_BT.device)
-        logits_BV = prefill(self._model, ids_BT, lengths_B, alone, chunk=_PREFILL_CHUNK)
-        self._cache.copy_row(row, alone, 0)
-        self._seen_BV[row] = False
-        self._generators[row].manual_seed(generation.request.sampling.seed)
-        self._take([row], logits_BV)
+    def _gap(self) -> range:
+        """The first free rows that lie together."""
+        first = next((row for row, generation in enumerate(self._rows) if generation is None), len(self._rows))
+        end = next((row for row in range(first, len(self._rows)) if self._rows[row] is not None), len(self._rows))
+        return range(first, end)
 
-    def _take(self, rows: list[int], logits_BV: Tensor) -> None:
-        """Draw the next token of each row and hand it to its generation."""
-        logits_BV = logits_BV[:, : self._tokenizer.vocab_size]
-        greedy = logits_BV.argmax(dim=-1).tolist()
-        for index, row in enumerate(rows):
-            generation = self._generation(row)
-            if generation.request.sampling == GREEDY:
-                token = greedy[index]
+    def _next_batch(self, most: int, budget: int) -> list[Generation]:
+        """Waiting requests that are read together: several of one prompt, or prompts that fill ``budget`` tokens without much padding."""
+        batch: list[Generation] = []
+        lengths: list[int] = []
+        while len(batch) < most and (following := self._following()) is not None:
+            lengths.append(len(following.request.ids))
+            if len(batch) > 1 and _are_equal(batch[:2]):
+                joins = _are_equal([batch[0], following])
             else:
-                one = slice(index, index + 1)
-                token = int(
-                    draw(logits_BV[one], self._seen_BV[row : row + 1], generation.request.sampling, self._generators[row])
-                )
-                self._seen_BV[row, token] = True
-            generation.add(token, self._tokenizer)
+                joins = max(lengths) <= 2 * min(lengths) and max(lengths) * len(lengths) <= budget
+                joins = joins or not batch or (len(batch) == 1 and _are_equal([batch[0], following]))
+            if not joins:
+                break
+            batch.append(self._waiting.popleft())
+        return batch
 
-    def _release(self) -> None:
-        """Free the rows of what has ended; a free row decodes along, from its start, and nobody looks."""
-        for row, generation in enumerate(self._rows):
-            if generation is None or generation.finish is not None:
-                self._rows[row] = None
-                self._cache.lengths_B[row] = 0
+    def _following(self) -> Generation | None:
+        """The first waiting request that still wants to be answered."""
+        while self._waiting and self._waiting[0].finish is not None:
+            self._waiting.popleft()
+        return self._waiting[0] if self._waiting else None
 
-    def _generation(self, row: int) -> Generation:
-        generation = self._rows[row]
-        assert generation is not None
-        return generation
+    def _close_ranks(self) -> None:
+        """Move the last rows into free ones where that lets a smaller bucket hold all; what waits will fill them otherwise."""
+        taken = [row for row, generation in enumerate(self._rows) if generation is not None]
+        if self._waiting or not taken:
+            return
+        size = self.decoder.bucket(len(taken))
+        free = (row for row in range(size) if self._rows[row] is None)
+        for row in taken:
+            if row >= size:
+                target = next(free)
+                self.decoder.move(row, target)
+                self._rows[target], self._rows[row] = self._rows[row], None
 
-    def _new_cache(self, rows: int) -> SparseCache:
-        weight = self._model.embedding.weight
-        return SparseCache(self._model.config, self._reading, rows, self.capacity, weight.dtype, weight.device)
+
+def _are_equal(generations: Sequence[Generation]) -> bool:
+    """Whether all have the same prompt."""
+    first = generations[0].request.ids
+    return all(generation.request.ids is first or generation.request.ids == first for generation in generations)
 
 
 def _held_back(text: str, stops: Sequence[str]) -> int:

@@ -1,39 +1,26 @@
-"""Text from the sparse cache: prefill a batch of unequal prompts, then one token at a time.
+"""Token ids from the sparse cache: prefill a batch of unequal prompts, then one token at a time.
 
-Shapes: B sequences, T prompt length, C width, V vocabulary, H heads, K head channels.
+Shapes: B sequences, T prompt length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from megarat.errors import UserError
-from megarat.infer.cache import SparseCache
-from megarat.infer.forward import decode_step, prefill
+from megarat.infer.decoder import Decoder
 from megarat.infer.reading import Reading
+from megarat.infer.sampling import GREEDY, Sampling
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import Patterns
 
+__all__ = ["GREEDY", "Sampling", "align_right_padded", "generate"]
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. ``temperature`` 0 is greedy; ``top_p`` keeps the smallest set of tokens of that probability."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.repetition_penalty > 0):  # so that NaN is refused too
-            raise UserError(f"sampling: {self}: need temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0")
-
-
-GREEDY = Sampling()
+_WORTH_A_GRAPH = 32  # tokens; capturing costs as much time as some eager steps
 
 
 @torch.no_grad()
@@ -49,7 +36,7 @@ def generate(
     vocabulary: int | None = None,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """New tokens (B, <= max_new_tokens), int64; rows that met ``stop_id`` are filled up with it.
+    """New tokens (B, <= max_new_tokens), int64; rows that met ``stop_id`` are filled up with it. Row b draws with the seed + b.
 
     ``attention_mask_BT`` (1 real, 0 padding; None: all real) may pad each row on the left or on the right. ``on_token`` sees each step's
     (B,) tokens as they are drawn. Only ids below ``vocabulary`` are drawn (a tokenizer may have fewer entries than the model; None: all).
@@ -58,38 +45,31 @@ def generate(
     prompts_BT, lengths_B = align_right_padded(ids_BT, attention_mask_BT)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
-    capacity = int(lengths_B.max()) + max_new_tokens
-    cache = SparseCache(model.config, reading, len(prompts_BT), capacity, model.embedding.weight.dtype, prompts_BT.device)
-    logits_BV = prefill(model, prompts_BT, lengths_B, cache)
-    generator = torch.Generator(device=prompts_BT.device).manual_seed(sampling.seed)
-    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
-    stopped_B = torch.zeros(len(prompts_BT), dtype=torch.bool, device=prompts_BT.device)
+    reading = reading if isinstance(reading, Reading) else Reading(reading)
+    rows, capacity = len(prompts_BT), int(lengths_B.max()) + max_new_tokens
+    graphs = max_new_tokens >= _WORTH_A_GRAPH
+    decoder = Decoder(model, reading, rows, capacity, vocabulary, buckets=(rows,), graphs=graphs)
+    samplings = [replace(sampling, seed=sampling.seed + row) for row in range(rows)]
+    decoder.read_padded(0, prompts_BT, lengths_B, samplings)
+    stopped_B = torch.zeros(rows, dtype=torch.bool, device=decoder.ids_B.device)
+    has_stopped = [False] * rows  # the same for the host, which learns of it while the device goes on
     tokens: list[Tensor] = []
     while True:
-        next_B = draw(logits_BV[:, :vocabulary], seen_BV[:, :vocabulary], sampling, generator)
+        next_B = decoder.ids_B.clone()
         if stop_id is not None:
-            next_B = torch.where(stopped_B, stop_id, next_B)
+            next_B.masked_fill_(stopped_B, stop_id)
             stopped_B |= next_B == stop_id
         tokens.append(next_B)
+        snapshot = decoder.snapshot(rows)
+        is_last = len(tokens) == max_new_tokens
+        if not is_last:
+            decoder.step(list(range(rows)), sampling.takes_the_likeliest)
         if on_token is not None:
             on_token(next_B)
-        if len(tokens) == max_new_tokens or (stop_id is not None and bool(stopped_B.all())):
+        if stop_id is not None:
+            has_stopped = [done or token == stop_id for done, token in zip(has_stopped, snapshot.tokens(), strict=True)]
+        if is_last or all(has_stopped):
             return torch.stack(tokens, dim=1)
-        seen_BV.scatter_(1, next_B[:, None], True)
-        logits_BV = decode_step(model, next_B, cache)
-
-
-def draw(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """The next token of each row (B,), int64. Tokens in ``seen_BV`` are made less likely by the repetition penalty."""
-    if sampling.repetition_penalty != 1.0:
-        penalised = torch.where(logits_BV > 0, logits_BV / sampling.repetition_penalty, logits_BV * sampling.repetition_penalty)
-        logits_BV = torch.where(seen_BV, penalised, logits_BV)
-    if sampling.temperature == 0.0:
-        return logits_BV.argmax(dim=-1)
-    probabilities, order = (logits_BV / sampling.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    outside = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p  # the first token is always inside
-    choice = torch.multinomial(probabilities.masked_fill(outside, 0.0), 1, generator=generator)
-    return order.gather(1, choice)[:, 0]
 
 
 def align_right_padded(ids_BT: Tensor, attention_mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:

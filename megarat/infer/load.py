@@ -12,8 +12,9 @@ import megarat.checkpoint.load as checkpoints
 from megarat.config import ModelConfig
 from megarat.errors import UserError
 from megarat.infer.cache import cache_bytes
-from megarat.infer.generate import GREEDY, Sampling, generate
+from megarat.infer.generate import generate
 from megarat.infer.reading import Reading, ReadingSpec, read_as
+from megarat.infer.sampling import GREEDY, Sampling
 from megarat.model import names
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import Patterns, PatternSpec, describe, resolve

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from megarat.data.tokenizer import Tokenizer
 from megarat.errors import UserError
 from megarat.infer.engine import Engine, Generation, Request
-from megarat.infer.generate import Sampling
+from megarat.infer.sampling import Sampling
 
 _MAX_BODY = 64 << 20  # bytes of a request
 _MAX_CHOICES = 128  # prompts x n of a request

@@ -13,8 +13,9 @@ from torch import Tensor
 from megarat.checkpoint import load as checkpoints
 from megarat.data.tokenizer import Tokenizer, load_tokenizer
 from megarat.errors import UserError
-from megarat.infer.generate import Sampling, generate
+from megarat.infer.generate import generate
 from megarat.infer.load import LoadedModel, describe_model, load
+from megarat.infer.sampling import Sampling
 from megarat.model.pattern import PatternSpec
 
 

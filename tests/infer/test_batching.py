@@ -9,12 +9,14 @@ import torch
 
 from megarat.config import ModelConfig
 from megarat.errors import UserError
+from megarat.infer import decoder as decoder_module
 from megarat.infer import engine as engine_module
 from megarat.infer import memory
 from megarat.infer.cache import SparseCache, cache_bytes
 from megarat.infer.engine import Engine, Request
-from megarat.infer.generate import GREEDY, Sampling, generate
+from megarat.infer.generate import generate
 from megarat.infer.reading import read_as
+from megarat.infer.sampling import GREEDY, Sampling
 from megarat.model.lm import RATPlusLM
 
 SHAPE = ModelConfig(layers=2, hidden=16, heads=2, vocab=140, init_std=0.5)
@@ -72,8 +74,36 @@ def test_requests_that_share_a_batch_get_what_each_gets_alone(model, spec, rows)
     assert all(generation.text == Bytes().decode(generation.ids) for generation in generations)
 
 
+@pytest.mark.parametrize("spec", READINGS)
+def test_buckets_of_rows_give_what_the_whole_batch_gives(model, spec):
+    """Powers of two, awkward buckets and one for all rows; a row is moved down as others end, and steps go through several buckets."""
+    found = {}
+    for buckets in (None, (3, 7), (7,)):
+        running = Engine(model, read_as(spec, SHAPE), Bytes(), rows=7, capacity=64, buckets=buckets)
+        used = []
+        run = running.decoder._run
+        running.decoder._run = lambda bucket, greedy, run=run, used=used: (used.append((bucket, greedy)), run(bucket, greedy))
+        found[buckets] = [generation.ids for generation in running.run(requests())]
+        sizes = {bucket for bucket, _ in used}
+        assert sizes == {None: {1, 2, 4, 7}, (3, 7): {3, 7}, (7,): {7}}[buckets]
+    assert found[None] == found[3, 7] == found[7,] == [alone(model, request, spec) for request in requests()]
+
+
+@pytest.mark.parametrize("spec", READINGS)
+def test_one_prompt_of_several_requests_is_read_once(model, spec, monkeypatch):
+    read = []
+    prefill = decoder_module.prefill
+    monkeypatch.setattr(decoder_module, "prefill", lambda lm, ids, *rest: (read.append(len(ids)), prefill(lm, ids, *rest))[1])
+    prompt = [70, 71, 72, 73, 74]
+    asked = [Request(prompt, 6, Sampling(1.0, seed=seed)) for seed in range(4)]
+    asked += [Request([9, 8], 3), Request([7, 7, 7], 3), Request(list(prompt), 6)]
+    generations = engine(model, spec, rows=5).run(asked)
+    assert read[0] == 1 and sum(read) == 4  # the four together, the two others, and again the first, later
+    assert [generation.ids for generation in generations] == [alone(model, request, spec) for request in asked]
+
+
 def test_prompts_are_read_in_chunks(model, monkeypatch):
-    monkeypatch.setattr(engine_module, "_PREFILL_CHUNK", 4)
+    monkeypatch.setattr(decoder_module, "prefill_chunk", lambda config: 4)
     generations = engine(model).run(requests())
     assert [generation.ids for generation in generations] == [alone(model, request) for request in requests()]
 
@@ -110,10 +140,10 @@ def test_text_stops_before_a_stop_string_and_never_shows_part_of_it(model):
 
 
 def test_half_a_character_is_not_shown():
-    generation = engine_module.Generation(Request([65], 3), [65])
+    generation = engine_module.Generation(Request([65], 3), Utf8())
     shown = []
     for byte in "é!".encode():
-        generation.add(byte, Utf8())
+        generation.add(byte)
         shown.append(generation.text)
     assert shown == ["", "é", "é!"] and generation.finish == "length"
 
@@ -127,7 +157,7 @@ def test_a_cancelled_request_frees_its_row_and_disturbs_nobody(model):
     running.cancel(second)
     while running.busy:
         running.step()
-    assert (first.finish, len(first.ids), second.finish, second.ids) == ("cancelled", 3, "cancelled", [])
+    assert (first.finish, len(first.ids), second.finish, second.ids) == ("cancelled", 2, "cancelled", [])
     assert third.ids == alone(model, requests()[2])
     running.cancel(third)
     assert third.finish == "length"

@@ -2,24 +2,28 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megarat.config import ModelConfig
 from megarat.errors import UserError
-from megarat.infer.generate import Sampling, draw, generate
+from megarat.infer.generate import generate
+from megarat.infer.sampling import Draws, Sampling, draw, uniform
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import resolve
 
 PROBABILITIES = [0.05, 0.4, 0.1, 0.25, 0.2]
-NOTHING_SEEN = torch.zeros(1, 5, dtype=torch.bool)
 
 
-def draws(count: int, sampling: Sampling, seen: torch.Tensor = NOTHING_SEEN) -> Counter[int]:
-    logits_BV = torch.tensor([PROBABILITIES]).log().expand(count, 5)
-    generator = torch.Generator().manual_seed(sampling.seed)
-    return Counter(draw(logits_BV, seen.expand(count, 5), sampling, generator).tolist())
+def draws(count: int, sampling: Sampling, logits=None, seen: set[int] = frozenset()) -> Counter[int]:
+    """What ``count`` rows draw, each with its own seed."""
+    logits_V = torch.tensor(PROBABILITIES).log() if logits is None else torch.tensor(logits)
+    state = Draws.of(count, 5 if logits is None else len(logits), "cpu")
+    state.start([replace(sampling, seed=seed) for seed in range(count)])
+    state.seen_BV[:, sorted(seen)] = True
+    return Counter(draw(logits_V.expand(count, -1), state).tolist())
 
 
 def test_temperature_zero_takes_the_likeliest_token():
@@ -51,15 +55,51 @@ def test_top_p_keeps_the_smallest_set_of_that_probability(top_p, kept):
 
 
 def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
-    logits = torch.tensor([[3.0, -1.0, 2.5, -1.2]])
-    generator = torch.Generator().manual_seed(0)
-    seen = torch.tensor([[True, False, False, False]])
-    assert draw(logits, seen, Sampling(repetition_penalty=1.3), generator).item() == 2  # 3 / 1.3 < 2.5
-    assert draw(logits, seen, Sampling(repetition_penalty=1.1), generator).item() == 0  # 3 / 1.1 > 2.5
-    negative = torch.tensor([[-9.0, -1.0, -9.0, -1.2]])
-    seen = torch.tensor([[False, True, False, False]])
-    assert draw(negative, seen, Sampling(repetition_penalty=1.3), generator).item() == 3  # -1.3 < -1.2
-    assert draw(negative, seen, Sampling(repetition_penalty=1.1), generator).item() == 1
+    logits = [3.0, -1.0, 2.5, -1.2]
+    assert draws(1, Sampling(repetition_penalty=1.3), logits, {0}) == {2: 1}  # 3 / 1.3 < 2.5
+    assert draws(1, Sampling(repetition_penalty=1.1), logits, {0}) == {0: 1}  # 3 / 1.1 > 2.5
+    negative = [-9.0, -1.0, -9.0, -1.2]
+    assert draws(1, Sampling(repetition_penalty=1.3), negative, {1}) == {3: 1}  # -1.3 < -1.2
+    assert draws(1, Sampling(repetition_penalty=1.1), negative, {1}) == {1: 1}
+
+
+def test_rows_draw_each_by_its_own_rule_and_remember_it():
+    """Greedy, tempered and penalised rows in one batch, against each alone."""
+    samplings = [Sampling(), Sampling(1.0, seed=3), Sampling(0.7, 0.5, 1.4, seed=-9), Sampling(repetition_penalty=3.0)]
+    logits_BV = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    together = Draws.of(4, 50, "cpu")
+    together.start(samplings)
+    apart = [Draws.of(1, 50, "cpu") for _ in samplings]
+    for state, sampling in zip(apart, samplings, strict=True):
+        state.start([sampling])
+    for _ in range(6):
+        found = draw(logits_BV, together).tolist()
+        assert found == [draw(logits_BV[row : row + 1], state).item() for row, state in enumerate(apart)]
+        assert found[0] == int(logits_BV[0].argmax())
+        assert all(together.seen_BV[row, token] for row, token in enumerate(found))
+    assert together.count_B.tolist() == [6] * 4
+
+
+def test_uniform_numbers_are_splitmix64_and_spread_evenly():
+    """Against SplitMix64 in Python's unbounded integers; and mean, variance and serial correlation within five standard deviations."""
+    bits = 2**64 - 1
+
+    def mix(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & bits
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & bits
+        return z ^ (z >> 31)
+
+    def expected(seed: int, count: int) -> float:
+        return (mix((mix((seed + 0x9E3779B97F4A7C15) & bits) + count * 0xD1B54A32D192ED03) & bits) >> 11) / 2**53
+
+    pairs = [(0, 0), (1, 0), (0, 1), (-5, 7), (2**63 - 1, 1000), (-(2**63), 3)]
+    seeds_B, counts_B = torch.tensor(pairs).unbind(1)
+    assert uniform(seeds_B, counts_B).tolist() == [expected(*pair) for pair in pairs]
+    grid = uniform(torch.arange(200).repeat_interleave(200), torch.arange(200).repeat(200)).view(200, 200) - 0.5
+    assert abs(float(grid.mean())) < 5 * math.sqrt(1 / 12 / 40_000)
+    assert float(grid.square().mean()) == pytest.approx(1 / 12, abs=5 * math.sqrt(1 / 180 / 40_000))
+    for left, right in ((grid[:, 1:], grid[:, :-1]), (grid[1:], grid[:-1])):
+        assert abs(float((left * right).mean())) < 5 / 12 / math.sqrt(left.numel())
 
 
 def model() -> RATPlusLM:

@@ -20,8 +20,9 @@ import torch
 from megarat.config import ModelConfig
 from megarat.errors import UserError
 from megarat.infer.engine import Engine
-from megarat.infer.generate import Sampling, generate
+from megarat.infer.generate import generate
 from megarat.infer.reading import read_as
+from megarat.infer.sampling import Sampling
 from megarat.infer.server import Server
 from megarat.model.lm import RATPlusLM
 
@@ -85,7 +86,7 @@ def stream(server, body) -> list[dict]:
 
 def wait_until_idle(server) -> None:
     deadline = time.monotonic() + 20
-    while server.engine._engine.busy:
+    while server.engine._engine.busy or server.engine._listeners:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

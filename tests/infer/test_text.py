@@ -9,8 +9,8 @@ import torch
 from megarat.config import ModelConfig
 from megarat.errors import UserError
 from megarat.infer import text
-from megarat.infer.generate import GREEDY
 from megarat.infer.load import LoadedModel
+from megarat.infer.sampling import GREEDY
 from megarat.infer.text import continue_text, encode_prompt, find_tokenizer
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import resolve
