@@ -1,4 +1,8 @@
-"""How everything here is timed: CUDA events around each repetition, medians, and the ceilings of the same chip in the same run."""
+"""How everything here is timed: CUDA events around each repetition, medians, and the ceilings of the same chip in the same run.
+
+The GPU is kept busy while the repetitions are queued, so that it runs them back to back: an operation of 0.1 ms would otherwise be
+timed together with the host's pauses between its launches, which a training step, whose host runs ahead, does not have.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
+HEAD_START_CYCLES = 60_000_000  # some 35 ms on an H200: time enough to queue the repetitions of a short operation
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ def time_cuda(run: Callable[[], object], *, budget_ms: float = 150.0, warm_up: i
 def _repeat(run: Callable[[], object], count: int) -> list[float]:
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     torch.cuda.synchronize()
+    torch.cuda._sleep(HEAD_START_CYCLES)
     for begin, end in events:
         begin.record()
         run()

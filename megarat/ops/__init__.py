@@ -7,6 +7,7 @@ the references everywhere (see `ops.dispatch`).
 from megarat.ops.cross_entropy import Statistics, linear_cross_entropy, partial_statistics
 from megarat.ops.decode_attention import cache_slots, cache_write, decode_attention, decode_step, gate_step
 from megarat.ops.dilated_attention import dilated_attention, visible
+from megarat.ops.fp8_linear import fp8_linear, fp8_missing
 from megarat.ops.gated_scan import ScanState, gated_scan
 from megarat.ops.output_gate import output_gate
 from megarat.ops.rms_norm import add_rms_norm, rms_norm
@@ -22,6 +23,8 @@ __all__ = [
     "decode_attention",
     "decode_step",
     "dilated_attention",
+    "fp8_linear",
+    "fp8_missing",
     "gate_step",
     "gated_scan",
     "linear_cross_entropy",

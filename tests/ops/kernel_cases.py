@@ -127,6 +127,19 @@ def test_gated_scan_and_all_its_gradients_match_float64(case, many, dtype, monke
     assert_close(found, expected, dtype, outputs=4, slack=drift)
 
 
+@pytest.mark.parametrize("back", [3] if INTERPRETED else [1, 2, 3])
+def test_blocks_that_take_their_state_from_further_in_front_find_the_same(back, monkeypatch):
+    """Seven blocks of 8 steps: fewer of them in front than a link looks back, as many, and more."""
+    tile = (8, 4, 2, 1, 128, back)
+    monkeypatch.setattr("megarat.ops.kernels.gated_scan._tiles", lambda k: (tile, tile))
+    case = (1, 51, 1, 16, True, True, True, "mixed")
+    weights = [torch.randn(1, 51, 1, 16, device=DEVICE).double() for _ in range(2)]
+    weights += [torch.randn(1, 1, 16, device=DEVICE).double() for _ in range(2)]
+    inputs = scan_inputs(case, torch.float32)
+    found = run_scan(gated_scan, torch.float32, *inputs, weights, backend="triton")
+    assert_close(found, run_scan(gated_scan_ref, torch.float64, *inputs, weights), torch.float32, outputs=4)
+
+
 def test_two_halves_with_carried_state_equal_one_scan():
     k, v, g = torch.randn(1, 100, 3, 1, 32, device=DEVICE).unbind(2)
     cos, sin = rotary_tables(torch.arange(100, device=DEVICE), 32)

@@ -8,10 +8,12 @@ of its tiles are consecutive *segments* of L steps each, walked in step by every
 3. the program waits for the state in front of its block, publishes the one behind it, and
 4. the segments run again from their true states; k is rotated and stored.
 
-The blocks of a column form a chain along time, whose links are one load, one fused multiply-add and one store. So k, v and g are read
-once however few columns there are, and everything folds in one fixed order: results are bit-reproducible. A link's `chain` entry is
-its own flag: entries start as a NaN pattern no arithmetic produces. Programs are numbered with time slowest, so a program only waits
-for lower-numbered ones, which the hardware starts first.
+The blocks of a column form a chain along time, so k, v and g are read once however few columns there are. Handing a state from one
+program to the next takes a round trip through the L2 cache, whatever its size; where few columns make the chain long, a block
+therefore also publishes its map s -> a s + x, which waits for nobody, and takes its state from BACK blocks in front of it, carried
+through the maps between. BACK is fixed by the shape, so everything folds in one fixed order: results are bit-reproducible. An entry of
+the chain, or of the maps, is its own flag: it starts as a NaN pattern no arithmetic produces. Programs are numbered with time
+slowest, so a program only waits for lower-numbered ones, which the hardware starts first.
 
 The backward is the same machine with time reversed. Besides the inputs it needs the fp32 states in front of its blocks (`saved`, 8 bytes
 per S * L elements), from which it recomputes the averages of a block on the way.
@@ -32,11 +34,11 @@ from torch.autograd.function import once_differentiable
 EMPTY = tl.constexpr(-1)  # int32 bits of a chain entry nobody has written: a NaN that no arithmetic instruction returns
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# (pairs BH, segments S, steps L, warps, registers a thread) forward and backward, by regime; a backward block must be a whole number of
-# forward segments. Chosen by timing on an H200.
-Tile = tuple[int, int, int, int, int]
-MANY_COLUMNS: tuple[Tile, Tile] = ((64, 8, 8, 8, 128), (64, 4, 8, 4, 255))
-FEW_COLUMNS: tuple[Tile, Tile] = ((32, 16, 8, 8, 128), (32, 16, 8, 8, 255))
+# (pairs BH, segments S, steps L, warps, registers a thread, BACK) forward and backward, by regime; a backward block must be a whole
+# number of forward segments. Chosen by timing on an H200.
+Tile = tuple[int, int, int, int, int, int]
+MANY_COLUMNS: tuple[Tile, Tile] = ((64, 8, 8, 8, 128, 1), (64, 4, 8, 4, 255, 1))
+FEW_COLUMNS: tuple[Tile, Tile] = ((32, 16, 8, 8, 128, 2), (32, 16, 8, 8, 255, 2))
 MANY_CHANNELS = 8192  # of all rows: from so many on, short blocks give enough programs and long ones only lengthen the chain
 
 
@@ -66,63 +68,77 @@ def _add(k1_l, k2_l, v1_l, v2_l, k1_r, k2_r, v1_r, v2_r):
 
 
 @triton.jit
-def _await(link_C, R, stream, BH: tl.constexpr):
-    """The four (C,) vectors of a link, polled until no entry is EMPTY; volatile loads read the L2, never a stale L1 line.
+def _peek(chain_ptr, maps_ptr, order, R, stream, c_C, S: tl.constexpr, BACK: tl.constexpr):
+    """One look at what `_await` waits for: the state in rows k1, k2, v1, v2 of a tile, and how many of the entries are EMPTY."""
+    part_S1 = tl.arange(0, S)[:, None]
+    at_SC = (part_S1 % 2) * R + (part_S1 // 2) * stream + c_C[None, :]
+    link = order + 1 - BACK
+    chain_ptr += tl.maximum(link, 0).to(tl.int64) * 2 * stream
+    state_SC = tl.load(chain_ptr.to(tl.pointer_type(tl.int32)) + at_SC, mask=part_S1 < 4, other=0, volatile=True)
+    empty_SC = (state_SC == EMPTY).to(tl.int32)
+    state_SC = state_SC.to(tl.float32, bitcast=True)
+    for i in tl.static_range(BACK - 1):
+        map_ptr = (maps_ptr + (link + i).to(tl.int64) * 3 * stream).to(tl.pointer_type(tl.int32))
+        is_there = (part_S1 < 4) & (link + i >= 0)
+        decay_SC = tl.load(map_ptr + (part_S1 % 2) * R + c_C[None, :], mask=is_there, other=0, volatile=True)
+        x_SC = tl.load(map_ptr + stream + at_SC, mask=is_there, other=0, volatile=True)
+        empty_SC += ((decay_SC == EMPTY) | (x_SC == EMPTY)).to(tl.int32)
+        after_SC = decay_SC.to(tl.float32, bitcast=True) * state_SC + x_SC.to(tl.float32, bitcast=True)
+        state_SC = tl.where(is_there, after_SC, state_SC)
+    return state_SC, tl.max(tl.max(empty_SC, axis=1), axis=0)
 
-    Threads that hold copies of one entry may poll it at different times, so a vote must come from every copy or there must be none.
-    Up to 32 channels every warp holds whole vectors and votes for itself. Beyond, all four vectors are polled as one tile, which has at
-    least one entry for each of up to 4 BH threads, hence no copies.
+
+@triton.jit
+def _await(chain_ptr, maps_ptr, order, R, stream, c_C, S: tl.constexpr, BACK: tl.constexpr):
+    """The state in front of block number `order`, as four (C,) vectors: an entry of the chain, carried through BACK - 1 blocks.
+
+    Polled until no entry is EMPTY, by volatile loads, which read the L2 and never a stale L1 line. The tiles have the shape of the
+    block's own, so that no thread holds a copy of another's entry: copies might be polled at different times and disagree.
     """
-    if BH <= 32:
-        k_ptr, v_ptr = link_C.to(tl.pointer_type(tl.int32)), (link_C + stream).to(tl.pointer_type(tl.int32))
-        k1, k2, v1, v2 = _peek(k_ptr, v_ptr, R)
-        while tl.max(((k1 == EMPTY) | (k2 == EMPTY) | (v1 == EMPTY) | (v2 == EMPTY)).to(tl.int32), axis=0) > 0:
-            k1, k2, v1, v2 = _peek(k_ptr, v_ptr, R)
-        link = (
-            k1.to(tl.float32, bitcast=True), k2.to(tl.float32, bitcast=True),
-            v1.to(tl.float32, bitcast=True), v2.to(tl.float32, bitcast=True),
-        )  # fmt: skip
-    else:
-        part_41 = tl.arange(0, 4)[:, None]
-        ptr_4C = (link_C[None, :] + (part_41 % 2) * R + (part_41 // 2) * stream).to(tl.pointer_type(tl.int32))
-        bits_4C = tl.load(ptr_4C, volatile=True)
-        while tl.max(tl.max((bits_4C == EMPTY).to(tl.int32), axis=1), axis=0) > 0:
-            bits_4C = tl.load(ptr_4C, volatile=True)
-        x_4C = bits_4C.to(tl.float32, bitcast=True)
-        rows = (
-            tl.where(part_41 == 0, x_4C, 0.0), tl.where(part_41 == 1, x_4C, 0.0),
-            tl.where(part_41 == 2, x_4C, 0.0), tl.where(part_41 == 3, x_4C, 0.0),
-        )  # fmt: skip
-        link = tl.reduce(rows, 0, _add)
-    return link
+    state_SC, empty = _peek(chain_ptr, maps_ptr, order, R, stream, c_C, S, BACK)
+    while empty > 0:
+        state_SC, empty = _peek(chain_ptr, maps_ptr, order, R, stream, c_C, S, BACK)
+    part_S1 = tl.arange(0, S)[:, None]
+    rows = (
+        tl.where(part_S1 == 0, state_SC, 0.0), tl.where(part_S1 == 1, state_SC, 0.0),
+        tl.where(part_S1 == 2, state_SC, 0.0), tl.where(part_S1 == 3, state_SC, 0.0),
+    )  # fmt: skip
+    return tl.reduce(rows, 0, _add)
 
 
 @triton.jit
-def _peek(k_ptr, v_ptr, R):
-    k1, k2 = tl.load(k_ptr, volatile=True), tl.load(k_ptr + R, volatile=True)
-    v1, v2 = tl.load(v_ptr, volatile=True), tl.load(v_ptr + R, volatile=True)
-    return k1, k2, v1, v2
-
-
-@triton.jit
-def _first_link(k_ptr, v_ptr, R, GIVEN: tl.constexpr, BH: tl.constexpr):
-    """What the chain begins with: the caller's (B, H, K) tensors, or zeros."""
-    if GIVEN:
-        k1, k2, v1, v2 = tl.load(k_ptr), tl.load(k_ptr + R), tl.load(v_ptr), tl.load(v_ptr + R)
-    else:
-        zero_C = tl.zeros([BH], tl.float32)
-        k1, k2, v1, v2 = zero_C, zero_C, zero_C, zero_C
-    return k1, k2, v1, v2
-
-
-@triton.jit
-def _publish(link_C, R, stream, k1_SC, k2_SC, v1_SC, v2_SC, is_row_S1):
-    """Writes one row of the four tiles as the next link of the chain."""
-    at_SC = link_C[None, :] + tl.zeros(k1_SC.shape, tl.int32)
+def _publish(entry_C, R, stream, k1_SC, k2_SC, v1_SC, v2_SC, is_row_S1):
+    """Writes one row of the four tiles as the state behind a block."""
+    at_SC = entry_C[None, :] + tl.zeros(k1_SC.shape, tl.int32)
     tl.store(at_SC, k1_SC, mask=is_row_S1)
     tl.store(at_SC + R, k2_SC, mask=is_row_S1)
     tl.store(at_SC + stream, v1_SC, mask=is_row_S1)
     tl.store(at_SC + stream + R, v2_SC, mask=is_row_S1)
+
+
+@triton.jit
+def _publish_map(
+    entry_C, R, stream, front1, front2, decay1, decay2, s_k1, s_k2, s_v1, s_v2, end_k1, end_k2, end_v1, end_v2, is_row_S1
+):  # fmt: skip
+    """Writes the map of a whole block: what its outermost segment does behind (front, s), the rest of the block."""
+    at_SC = entry_C[None, :] + tl.zeros(front1.shape, tl.int32)
+    tl.store(at_SC, decay1 * front1, mask=is_row_S1)
+    tl.store(at_SC + R, decay2 * front2, mask=is_row_S1)
+    outer1, outer2 = decay1 * s_k1 + end_k1, decay2 * s_k2 + end_k2
+    _publish(entry_C + stream, R, stream, outer1, outer2, decay1 * s_v1 + end_v1, decay2 * s_v2 + end_v2, is_row_S1)
+
+
+@triton.jit
+def _empty_chain_kernel(chain_ptr, k_ptr, v_ptr, stream, size, GIVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """Fills the chain: the first state (zeros unless GIVEN), then EMPTY."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if GIVEN:
+        k = tl.load(k_ptr + at, mask=at < stream, other=0)
+        v = tl.load(v_ptr + at - stream, mask=(at >= stream) & (at < 2 * stream), other=0)
+        first = tl.where(at < stream, k, v)
+    else:
+        first = tl.zeros([BLOCK], tl.int32)
+    tl.store(chain_ptr + at, tl.where(at < 2 * stream, first, EMPTY), mask=at < size)
 
 
 @triton.jit
@@ -193,10 +209,10 @@ def _load_tables(cos_ptr, sin_ptr, offs_SC, t_S, T, R, L: tl.constexpr, ROTATE: 
 
 @triton.jit
 def _forward_kernel(
-    k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, start_k_ptr, start_v_ptr, k_out_ptr, v_out_ptr, chain_ptr, last_ptr, saved_ptr,
-    B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, table_b, blocks,
-    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
-    SAVE_STEPS: tl.constexpr, HAS_START: tl.constexpr, ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
+    k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, k_out_ptr, v_out_ptr, chain_ptr, maps_ptr, saved_ptr,
+    B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, table_b,
+    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, BACK: tl.constexpr,
+    SAVE_STEPS: tl.constexpr, ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     columns = R // BH
     block = tl.program_id(0) // (B * H * columns)
@@ -215,11 +231,7 @@ def _forward_kernel(
     inf: tl.constexpr = float("inf")
 
     stream = B * H * (2 * R)
-    column = (group // columns) * (2 * R) + first
-    link = chain_ptr + block.to(tl.int64) * 2 * stream + column + c_C  # behind this block
-    target = link
-    if block == blocks - 1:
-        target = last_ptr + column + c_C
+    column_C = (group // columns) * (2 * R) + first + c_C
     t0 = block * (S * L)
     t_S, start = t0 + rows_S * L, t0.to(tl.int64)
     g1 = _load_steps(g_ptr + start * g_t, g_offs, g_t, t_S, T, inf, L, MASKED)
@@ -239,17 +251,20 @@ def _forward_kernel(
     front1, s_k1, s_v1 = _in_front(decay1, end_k1, end_v1, False)
     front2, s_k2, s_v2 = _in_front(decay2, end_k2, end_v2, False)
 
-    if block > 0:
-        in_k1, in_k2, in_v1, in_v2 = _await(link - 2 * stream, R, stream, BH)
-    else:
-        in_k1, in_k2, in_v1, in_v2 = _first_link(start_k_ptr + column + c_C, start_v_ptr + column + c_C, R, HAS_START, BH)
+    if BACK > 1:
+        entry_C = maps_ptr + block.to(tl.int64) * 3 * stream + column_C
+        _publish_map(
+            entry_C, R, stream, front1, front2, decay1, decay2, s_k1, s_k2, s_v1, s_v2, end_k1, end_k2, end_v1, end_v2, is_last_S1
+        )  # fmt: skip
+    in_k1, in_k2, in_v1, in_v2 = _await(chain_ptr, maps_ptr, block, R, stream, column_C, S, BACK)
     s_k1, s_k2 = front1 * in_k1[None, :] + s_k1, front2 * in_k2[None, :] + s_k2
     s_v1, s_v2 = front1 * in_v1[None, :] + s_v1, front2 * in_v2[None, :] + s_v2
     end_k1, end_k2 = decay1 * s_k1 + end_k1, decay2 * s_k2 + end_k2
     end_v1, end_v2 = decay1 * s_v1 + end_v1, decay2 * s_v2 + end_v2
-    _publish(target, R, stream, end_k1, end_k2, end_v1, end_v2, is_last_S1)
+    entry_C = chain_ptr + (block + 1).to(tl.int64) * 2 * stream + column_C
+    _publish(entry_C, R, stream, end_k1, end_k2, end_v1, end_v2, is_last_S1)
     if SAVE_STEPS > 0:
-        at_SC = (t_S // SAVE_STEPS).to(tl.int64)[:, None] * 2 * stream + column + c_C[None, :]
+        at_SC = (t_S // SAVE_STEPS).to(tl.int64)[:, None] * 2 * stream + column_C[None, :]
         begins_S1 = ((t_S % SAVE_STEPS == 0) & (t_S < T))[:, None]
         tl.store(saved_ptr + at_SC, s_k1, mask=begins_S1)
         tl.store(saved_ptr + at_SC + R, s_k2, mask=begins_S1)
@@ -318,13 +333,14 @@ def _store_gradients(
 
 @triton.jit
 def _backward_kernel(
-    k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, dk_out_ptr, dv_out_ptr, saved_ptr, dlast_k_ptr, dlast_v_ptr, chain_ptr, dk_ptr, dv_ptr, dg_ptr,
+    k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, dk_out_ptr, dv_out_ptr, saved_ptr, chain_ptr, maps_ptr, dk_ptr, dv_ptr, dg_ptr,
     B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, table_b, blocks,
-    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
-    HAS_LAST: tl.constexpr, ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
+    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, BACK: tl.constexpr,
+    ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     columns = R // BH
-    block = blocks - 1 - tl.program_id(0) // (B * H * columns)
+    order = tl.program_id(0) // (B * H * columns)
+    block = blocks - 1 - order
     group = tl.program_id(0) % (B * H * columns)
     b, h, first = (group // columns // H).to(tl.int64), (group // columns) % H, (group % columns) * BH
     rows_S, c_C = tl.arange(0, S), tl.arange(0, BH)
@@ -343,8 +359,7 @@ def _backward_kernel(
     inf: tl.constexpr = float("inf")
 
     stream = B * H * (2 * R)
-    column = (group // columns) * (2 * R) + first + c_C
-    link = chain_ptr + block.to(tl.int64) * 2 * stream + column  # in front of this block
+    column_C = (group // columns) * (2 * R) + first + c_C
     t0 = block * (S * L)
     t_S, start = t0 + rows_S * L, t0.to(tl.int64)
     g1 = _load_steps(g_ptr + start * g_t, g_offs, g_t, t_S, T, inf, L, MASKED)
@@ -360,7 +375,7 @@ def _backward_kernel(
     table_0 = b * table_b + start * R + first
     cos, sin = _load_tables(cos_ptr + table_0, sin_ptr + table_0, table_offs, t_S, T, R, L, ROTATE, MASKED)
     keep = _load_keeps(starts_ptr + b * T, t_S, T, L, HAS_STARTS)
-    state = saved_ptr + block.to(tl.int64) * 2 * stream + column
+    state = saved_ptr + block.to(tl.int64) * 2 * stream + column_C
     in_k1, in_k2 = tl.load(state), tl.load(state + R)
     in_v1, in_v2 = tl.load(state + stream), tl.load(state + stream + R)
     u1, u2, e_k1, e_k2 = (), (), (), ()
@@ -375,15 +390,18 @@ def _backward_kernel(
     decay2, end_k2, end_v2 = _reverse_local_pass(e_k2, e_v2, u2, keep, L)
     behind1, p_k1, p_v1 = _in_front(decay1, end_k1, end_v1, True)
     behind2, p_k2, p_v2 = _in_front(decay2, end_k2, end_v2, True)
-    if block < blocks - 1:
-        from_k1, from_k2, from_v1, from_v2 = _await(link + 2 * stream, R, stream, BH)
-    else:
-        from_k1, from_k2, from_v1, from_v2 = _first_link(dlast_k_ptr + column, dlast_v_ptr + column, R, HAS_LAST, BH)
+    if BACK > 1:
+        entry_C = maps_ptr + order.to(tl.int64) * 3 * stream + column_C
+        _publish_map(
+            entry_C, R, stream, behind1, behind2, decay1, decay2, p_k1, p_k2, p_v1, p_v2, end_k1, end_k2, end_v1, end_v2, is_first_S1
+        )  # fmt: skip
+    from_k1, from_k2, from_v1, from_v2 = _await(chain_ptr, maps_ptr, order, R, stream, column_C, S, BACK)
     p_k1, p_k2 = behind1 * from_k1[None, :] + p_k1, behind2 * from_k2[None, :] + p_k2
     p_v1, p_v2 = behind1 * from_v1[None, :] + p_v1, behind2 * from_v2[None, :] + p_v2
     end_k1, end_k2 = decay1 * p_k1 + end_k1, decay2 * p_k2 + end_k2
     end_v1, end_v2 = decay1 * p_v1 + end_v1, decay2 * p_v2 + end_v2
-    _publish(link, R, stream, end_k1, end_k2, end_v1, end_v2, is_first_S1)
+    entry_C = chain_ptr + (order + 1).to(tl.int64) * 2 * stream + column_C
+    _publish(entry_C, R, stream, end_k1, end_k2, end_v1, end_v2, is_first_S1)
 
     # the averages of the block once more, for the gates' gradient
     decay1, s_k1, s_v1 = _local_pass(k1, v1, u1, keep, L)
@@ -405,11 +423,18 @@ def _strides(*tensors_BTHK: Tensor) -> list[int]:
     return [stride for x in tensors_BTHK for stride in x.stride()[:3]]
 
 
-def _new_chain(blocks: int, like_BTHK: Tensor) -> Tensor:
-    """(blocks, 2, B, H, K) fp32, all entries EMPTY."""
+def _new_chain(blocks: int, back: int, like_BTHK: Tensor, first: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """The chain (blocks + 1, 2, B, H, K), its first entry given (zeros without one), and maps (blocks, 3, B, H, K) if links look back."""
     batch, _, heads, channels = like_BTHK.shape
-    bits = torch.full((blocks, 2, batch, heads, channels), -1, dtype=torch.int32, device=like_BTHK.device)
-    return bits.view(torch.float32)
+    stream = batch * heads * channels
+    sizes = 2 * stream * (blocks + 1), 3 * stream * blocks if back > 1 else 0
+    bits = torch.empty(sum(sizes), dtype=torch.int32, device=like_BTHK.device)
+    first_k, first_v = (bits, bits) if first is None else (x.contiguous().view(torch.int32) for x in first)
+    _empty_chain_kernel[(triton.cdiv(sum(sizes), 4096),)](
+        bits, first_k, first_v, stream, sum(sizes), GIVEN=first is not None, BLOCK=4096, num_warps=4
+    )
+    chain, maps = bits.view(torch.float32).split(sizes)
+    return chain.view(blocks + 1, 2, batch, heads, channels), maps
 
 
 def _table_arguments(cos: Tensor | None, sin: Tensor | None, filler: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -427,12 +452,12 @@ def _tiles(k_BTHK: Tensor) -> tuple[Tile, Tile]:
 
 def _launch_shape(tile: Tile, like_BTHK: Tensor) -> tuple[tuple[int], int, dict[str, Any]]:
     """The grid, the number of blocks along time, and the options both kernels share."""
-    most_pairs, segments, steps, warps, registers = tile
+    most_pairs, segments, steps, warps, registers, back = tile
     batch, length, heads, channels = like_BTHK.shape
     pairs = next(p for p in (64, 32, 16, 8) if p <= most_pairs and channels % (2 * p) == 0)  # channels are a multiple of 16
-    assert pairs <= 32 or 32 * warps <= 4 * pairs, "more threads than link entries: see _await"
     blocks = triton.cdiv(length, segments * steps)
-    options = {"R": channels // 2, "BH": pairs, "S": segments, "L": steps, "num_warps": warps, "maxnreg": registers}
+    warps = min(warps, max(1, segments * pairs // 32))  # no thread without an entry of its own: see _await
+    options = {"R": channels // 2, "BH": pairs, "S": segments, "L": steps, "BACK": back, "num_warps": warps, "maxnreg": registers}
     grid = batch * heads * (channels // 2 // pairs) * blocks
     return (grid,), blocks, {"MASKED": length % (segments * steps) != 0, **options}
 
@@ -450,21 +475,19 @@ def scan_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Launches the forward: (k_out, v_out, last states (2, B, H, K) fp32, states in front of every backward block or None)."""
     batch, length, heads, _ = k_BTHK.shape
-    forward_tile, (_, segments, steps, _, _) = _tiles(k_BTHK)
+    forward_tile, (_, segments, steps, *_) = _tiles(k_BTHK)
     grid, blocks, options = _launch_shape(forward_tile, k_BTHK)
     k_out, v_out = (torch.empty(k_BTHK.shape, dtype=out_dtype, device=k_BTHK.device) for _ in range(2))
-    chain = _new_chain(blocks, k_BTHK)
+    chain, maps = _new_chain(blocks, forward_tile[-1], k_BTHK, start)
     save_steps = segments * steps if save else 0
-    last = chain.new_empty(chain.shape[1:])
     saved = chain.new_empty(triton.cdiv(length, save_steps), *chain.shape[1:]) if save else None
-    start_k, start_v = (chain, chain) if start is None else (x.contiguous() for x in start)
     cos, sin, table_b = _table_arguments(cos, sin, k_BTHK)
     _forward_kernel[grid](
-        k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, start_k, start_v, k_out, v_out, chain,
-        last, chain if saved is None else saved, batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK), table_b, blocks,
-        SAVE_STEPS=save_steps, HAS_START=start is not None, ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **options,
+        k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, k_out, v_out, chain, maps,
+        chain if saved is None else saved, batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK), table_b,
+        SAVE_STEPS=save_steps, ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **options,
     )  # fmt: skip
-    return k_out, v_out, last, saved
+    return k_out, v_out, chain[-1], saved
 
 
 def scan_backward(
@@ -481,18 +504,18 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches the backward, `saved` from the forward: (dk, dv, dg, gradient of the initial states (2, B, H, K) fp32)."""
     batch, length, heads, _ = k_BTHK.shape
-    grid, blocks, options = _launch_shape(_tiles(k_BTHK)[1], k_BTHK)
+    tile = _tiles(k_BTHK)[1]
+    grid, blocks, options = _launch_shape(tile, k_BTHK)
     dk, dv, dg = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k_BTHK, v_BTHK, g_BTHK))
-    chain = _new_chain(blocks, k_BTHK)
-    dlast_k, dlast_v = (chain, chain) if dlast is None else (x.contiguous() for x in dlast)
+    chain, maps = _new_chain(blocks, tile[-1], k_BTHK, dlast)
     cos, sin, table_b = _table_arguments(cos, sin, k_BTHK)
     _backward_kernel[grid](
         k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, dk_out_BTHK, dv_out_BTHK, saved,
-        dlast_k, dlast_v, chain, dk, dv, dg,
+        chain, maps, dk, dv, dg,
         batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK, dk_out_BTHK, dv_out_BTHK), table_b, blocks,
-        HAS_LAST=dlast is not None, ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **options,
+        ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **options,
     )  # fmt: skip
-    return dk, dv, dg, chain[0]
+    return dk, dv, dg, chain[-1]
 
 
 class GatedScan(torch.autograd.Function):
