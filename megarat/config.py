@@ -134,6 +134,10 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "bf16 keeps fp32 masters; `auto` is bf16 on GPUs and on CPUs with bf16 matrix units."
     )
+    fp8: bool = setting(
+        False,
+        "Matrix products of the layers in FP8 with one scale a tensor (needs an H100 or newer); weights, moments and the rest stay.",
+    )
     wall_clock_minutes: float = setting(0.0, "Stop early (exit 75, with a checkpoint) after this time; 0 = no limit.")
     max_skipped: int = setting(3, "Consecutive non-finite pairs to skip before the run stops with an error.")
 
@@ -182,6 +186,10 @@ class CheckpointConfig:
     every: int = setting(500, "Pairs between checkpoints; one is always written at the end and on a stop.")
     keep: int = setting(2, "Newest checkpoints kept.")
     keep_every: int = setting(0, "Also keep every checkpoint whose pair is a multiple of this; 0 = none.")
+    asynchronous: bool = setting(
+        True,
+        "Write from a copy in host memory (12 bytes a parameter over all ranks) while training goes on; false stops training meanwhile.",
+    )
 
 
 @dataclass
@@ -271,6 +279,8 @@ def validate(config: Config, source: str = "config") -> None:
     _validate_shape(config.model, source)
     _validate_batches(config, source)
     _validate_optimizer(config.optim, source)
+    if config.train.fp8:
+        _validate_fp8(config, source)
     mesh.check(config, source=source)
     try:
         _ = config.patterns, config.sparse_patterns
@@ -306,6 +316,22 @@ def _validate_batches(config: Config, source: str) -> None:
     if train.global_batch % train.micro_batch:
         raise UserError(
             f"{source}: train.global_batch = {train.global_batch} is not a multiple of train.micro_batch = {train.micro_batch}"
+        )
+
+
+def _validate_fp8(config: Config, source: str) -> None:
+    if config.model.hidden % 16 or config.train.micro_batch * config.data.sequence_length % 16:
+        raise UserError(
+            f"{source}: train.fp8: model.hidden = {config.model.hidden} and train.micro_batch * data.sequence_length = "
+            f"{config.train.micro_batch * config.data.sequence_length} must be multiples of 16, which FP8 matrix units take"
+        )
+    if config.parallel.tensor > 1:
+        raise UserError(
+            f"{source}: train.fp8 with parallel.tensor = {config.parallel.tensor}: set parallel.tensor=1 or train.fp8=false"
+        )
+    if config.parallel.recompute == "selective":
+        raise UserError(
+            f"{source}: train.fp8 with parallel.recompute = selective: FP8 layers keep no inputs that it could leave out; set it to off or full"
         )
 
 

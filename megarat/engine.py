@@ -32,10 +32,12 @@ import torch
 from torch import Tensor, nn
 
 from megarat.config import Config, OptimConfig
+from megarat.errors import UserError
 from megarat.mesh import ENDS, MODEL, REPLICAS, TENSOR, Mesh
 from megarat.model import names
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import Patterns
+from megarat.ops import fp8_missing
 from megarat.parallel.fragments import Fragments, cut, gather
 
 # Inputs and labels, and the document of each token where documents are kept apart; (b, T) int64 each; label -100 is ignored.
@@ -72,6 +74,8 @@ class Engine:
         self.zero = config.parallel.zero
         self.precision = resolve_precision(config.train.precision, mesh.device)
         self.micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.shape.data)
+        if config.train.fp8 and mesh.device.type == "cuda" and (reason := fp8_missing(mesh.device)):
+            raise UserError(f"train.fp8: {reason}; set train.fp8=false")
         deepspeed = _import_deepspeed(mesh.device)
         self._stages = mesh.shape.pipeline
         self._model = model

@@ -24,7 +24,7 @@ from megarat.model import names
 from megarat.model.layers import FeedForward, RMSNorm
 from megarat.model.mixer import RATPlusMixer
 from megarat.model.pattern import LayerPattern, Patterns, resolve
-from megarat.ops import rotary_tables
+from megarat.ops import fp8_linear, rotary_tables
 from megarat.parallel.context import WHOLE, ContextParallel
 from megarat.parallel.fragments import Piece
 from megarat.parallel.pipeline import balance, head_cost, layer_costs
@@ -188,6 +188,9 @@ def local_model(config: Config, mesh: Mesh) -> RATPlusLM:
     model.recompute = config.parallel.recompute == "full"
     for block in model.blocks:
         block.mixer.recompute = block.ffn.recompute = config.parallel.recompute == "selective"
+        if config.train.fp8:
+            for linear in (block.mixer.in_proj, block.mixer.out_proj, block.ffn.up, block.ffn.down):
+                linear.product = fp8_linear
     return model
 
 

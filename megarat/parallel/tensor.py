@@ -13,6 +13,7 @@ Shapes: B batch, T length, C width, V vocabulary, N rows, F outputs of a matrix;
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch.nn import functional
 from megarat import comm
 from megarat.ops import linear_cross_entropy
 from megarat.ops.cross_entropy import Statistics
+
+Product = Callable[[Tensor, Tensor], Tensor]  # x, weight -> x @ weight.T
 
 
 @dataclass(frozen=True)
@@ -120,12 +123,13 @@ class ColumnLinear(nn.Module):
     def __init__(self, fan_in: int, fan_out: int, ranks: TensorParallel) -> None:
         super().__init__()
         self.ranks = ranks
+        self.product: Product = functional.linear  # of a rank that shares its layers with no other
         self.weight = matrix(ranks.share(fan_out), fan_in, ranks)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """The residual stream's slice -> (B, T, out / n)."""
         if self.ranks.size == 1:
-            return functional.linear(x_BTC, self.weight)
+            return self.product(x_BTC, self.weight)
         return _EnteredLinear.apply(x_BTC, self.weight, self.ranks)
 
 
@@ -135,11 +139,12 @@ class RowLinear(nn.Module):
     def __init__(self, fan_in: int, fan_out: int, ranks: TensorParallel) -> None:
         super().__init__()
         self.ranks = ranks
+        self.product: Product = functional.linear
         self.weight = matrix(fan_out, ranks.share(fan_in), ranks)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """(B, T, in / n) -> the residual stream's slice."""
-        return self.ranks.leave(functional.linear(x_BTC, self.weight))
+        return self.ranks.leave(self.product(x_BTC, self.weight))
 
 
 class VocabularyEmbedding(nn.Module):
