@@ -13,7 +13,7 @@ the caller computes something else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -225,6 +225,7 @@ def sum_wrapped(value: int, group: ProcessGroup | None, device: torch.device) ->
     return int(total) % (1 << 64)
 
 
-def any_rank(flag: bool, group: ProcessGroup | None, device: torch.device) -> bool:
-    """Whether the flag is set on one of the ranks. All-reduces 8 bytes."""
-    return sum_wrapped(int(flag), group, device) > 0
+def any_flags(flags: Sequence[bool], group: ProcessGroup | None, device: torch.device) -> list[bool]:
+    """Which of the (at most four) flags are set on one of the (fewer than 65536) ranks. All-reduces 8 bytes."""
+    total = sum_wrapped(sum(int(flag) << 16 * place for place, flag in enumerate(flags)), group, device)
+    return [bool(total >> 16 * place & 0xFFFF) for place in range(len(flags))]

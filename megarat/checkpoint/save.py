@@ -108,10 +108,13 @@ def save_imported(
     return out
 
 
-def prune(checkpoints: Path, keep: int, keep_every: int) -> list[Path]:
-    """Remove all but the newest ``keep`` checkpoints and those whose pair is a multiple of ``keep_every`` (0: none); returns the removed."""
-    found = sorted((folder for folder in checkpoints.iterdir() if pair_of(folder) is not None), key=lambda f: pair_of(f) or 0)
-    removed = [folder for folder in found[:-keep] if not (keep_every and (pair_of(folder) or 0) % keep_every == 0)]
+def prune(checkpoints: Path, keep: int, keep_every: int, protected: int | None = None) -> list[Path]:
+    """Remove all but the newest ``keep`` checkpoints, those whose pair is a multiple of ``keep_every`` (0: none) and that of pair ``protected``.
+
+    Returns the removed.
+    """
+    found = {pair: folder for folder in checkpoints.iterdir() if (pair := pair_of(folder)) is not None}
+    removed = [found[pair] for pair in sorted(found)[:-keep] if not (keep_every and pair % keep_every == 0) and pair != protected]
     for folder in removed:
         _discard(folder)
     return removed
@@ -204,16 +207,22 @@ def _publish(staging: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _failing_together(target: Path, group: ProcessGroup | None) -> Iterator[None]:
-    """Let every rank leave the block in the same way: a ``UserError`` on one is told by the first rank, and raised on all."""
-    failure: UserError | None = None
+    """Let every rank leave the block in the same way: what one raises ends it on all, and where it is raised it is told."""
+    failure: Exception | None = None
     try:
         with _disk_errors(target):
             yield
-    except UserError as error:
+    except Exception as error:
         failure = error
-    failures = [told for told in comm.gather_objects(None if failure is None else str(failure), group) if told is not None]
+    told = None if failure is None else (isinstance(failure, UserError), str(failure))
+    failures = [other for other in comm.gather_objects(told, group) if other is not None]
+    if failure is not None and not (isinstance(failure, UserError) and comm.rank(group) > 0):
+        raise failure
     if failures:
-        raise UserError(failures[0]) if comm.rank(group) == 0 else ToldByFirstRank(failures[0])
+        for_users, message = failures[0]
+        if not for_users:
+            raise RuntimeError(f"the save of {target} failed on another rank: {message}")
+        raise UserError(message) if comm.rank(group) == 0 else ToldByFirstRank(message)
 
 
 def _discard(folder: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from megarat import comm
-from megarat.checkpoint.manifest import CheckpointState
+from megarat.checkpoint.manifest import CheckpointState, pair_of
 from megarat.config import Config
 from megarat.data.loader import PairBatch, chain
 from megarat.errors import StoppedEarly, UserError
@@ -54,6 +54,7 @@ def train(config: Config, kind: str, parent: Parent | None = None) -> Path:
         run = build(config, kind, mesh, resume, parent)
         if mesh.is_first:
             record_start(config)
+        stack.callback(run.saver.join)  # an error of training must not cut off a save that is under way
         log = stack.enter_context(RunLog(run_dir, config, run.state.pair, mesh.is_first))
         log.say(_headline(run))
         return _loop(run, stop, log)
@@ -64,10 +65,9 @@ def _loop(run: Run, stop: StopRequest, log: RunLog) -> Path:
     config, state, mesh = run.config, run.state, run.mesh
     skips = SkipCounter(config.train.max_skipped, state.skipped, state.skipped_in_row)
     clock = _Clock(run)
-    saved = run.resumed_from
     batches = cast("Generator[PairBatch]", run.loader.iterate(state.pair, config.data.prefetch))
     with closing(batches):
-        while state.pair < config.train.pairs and not comm.any_rank(stop.reason is not None, mesh.world, mesh.device):
+        while state.pair < config.train.pairs and not _asked_to_end(run, stop):
             batch = clock.wait_for(batches)
             lr = learning_rate(state.pair, config.train.pairs, config.optim)
             result = train_pair(run.engine, batch.micro_batches, config.sparse_patterns, config.patterns, lr)
@@ -75,14 +75,34 @@ def _loop(run: Run, stop: StopRequest, log: RunLog) -> Path:
             digest = comm.sum_wrapped(batch.digest, mesh.group(DATA), mesh.device)
             _advance(state, batch.tokens, digest, skips.in_row)
             log.pair(clock.metrics(batch, result, lr))
-            saved = run.save() if state.pair % config.checkpoint.every == 0 else None
-    saved = saved or run.save()
+            if state.pair % config.checkpoint.every == 0:
+                run.save()
+    saved = _finish_saving(run)
     if state.pair < config.train.pairs:
         reasons = [reason for reason in comm.gather_objects(stop.reason, mesh.world) if reason is not None]
         raise StoppedEarly(
             f"stopped after pair {state.pair} of {config.train.pairs} ({reasons[0]}); {saved} is complete, the same command goes on from it"
         )
     log.say(f"{config.run.dir}: finished {state.pair} pairs, {state.tokens:,} tokens; {saved}")
+    return saved
+
+
+def _asked_to_end(run: Run, stop: StopRequest) -> bool:
+    """Whether a rank was asked to stop. Raises on all ranks when a save that was under way has failed on one."""
+    mesh = run.mesh
+    asked, failed = comm.any_flags((stop.reason is not None, run.saver.failed), mesh.world, mesh.device)
+    if failed:
+        run.saver.wait()
+    return asked
+
+
+def _finish_saving(run: Run) -> Path:
+    """The checkpoint of this moment, written if it is not there yet."""
+    saved = run.saver.wait() or run.resumed_from
+    if saved is None or pair_of(saved) != run.state.pair:
+        run.save()
+        saved = run.saver.wait()
+    assert saved is not None
     return saved
 
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from megarat.checkpoint import load as checkpoints
+from megarat.checkpoint.background import Moment, Saver
 from megarat.checkpoint.manifest import CheckpointState
-from megarat.checkpoint.save import Snapshot, prune, save
 from megarat.config import Config, ShardsSetting
 from megarat.data.corpus import check_budget, open_corpus
 from megarat.data.loader import Loader, PairSource
@@ -43,26 +43,14 @@ class Run:
     loader: PairSource
     state: CheckpointState
     resumed_from: Path | None
+    saver: Saver
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment and remove those the config no longer keeps."""
-        folder = Path(self.config.run.dir) / checkpoints.CHECKPOINTS
-        parts, self.state.optimizer_steps = self.engine.state(), self.engine.steps
-        masters = parts.pop(MASTER)
-        in_fp32, dtype = self.engine.precision == "fp32", self.engine.dtype
-        tokenizer = Path(self.config.data.primary) / "tokenizer"
+    def save(self) -> None:
+        """Begin a checkpoint of this moment, and then remove those that the config no longer keeps; ``saver.wait`` ends it."""
+        state, self.state.optimizer_steps = self.engine.state(), self.engine.steps
         self.state.random_state = _random_state()
-        snapshot = Snapshot(
-            state=self.state,
-            weights=masters if in_fp32 else {name: held.map(lambda master: master.to(dtype)) for name, held in masters.items()},
-            masters={} if in_fp32 else masters,
-            moments=parts,
-            tokenizer=tokenizer if tokenizer.is_dir() else None,
-        )
-        saved = save(folder, snapshot, self.mesh.world)
-        if self.mesh.is_first:
-            prune(folder, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
-        return saved
+        tokenizer = Path(self.config.data.primary) / "tokenizer"
+        self.saver.begin(Moment(self.state, state, self.engine.dtype, tokenizer if tokenizer.is_dir() else None))
 
 
 def build(config: Config, kind: str, mesh: Mesh, resume: Resume | None, parent: Parent | None) -> Run:
@@ -88,7 +76,9 @@ def build(config: Config, kind: str, mesh: Mesh, resume: Resume | None, parent: 
             engine.adopt(0)
             state.parent = parent.provenance
     state.mesh = mesh.describe() | {"zero": config.parallel.zero}
-    return Run(config, mesh, engine, loader, state, resume.folder if resume else None)
+    saver = Saver(Path(config.run.dir) / checkpoints.CHECKPOINTS, config.checkpoint, mesh.device)
+    saver.prepare(engine.state())
+    return Run(config, mesh, engine, loader, state, resume.folder if resume else None, saver)
 
 
 def _open_data(config: Config, mesh: Mesh) -> tuple[PairSource, str]:
