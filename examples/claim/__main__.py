@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.claim import arms
-from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED, StoppedEarly, UserError
 
 _HERE = Path(__file__).resolve().parent
 _POLL_S = 0.5
@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except StoppedEarly as stopped:
+        print(stopped, file=sys.stderr)
+        return EXIT_STOPPED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,7 +52,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--shards", help="data.shards")
         command.add_argument("--out", required=True, type=Path, help="folder for the results")
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the config")
-        command.add_argument("--keep", action="store_true", help="keep the runs of adaptations")
+        command.add_argument(
+            "--needles", type=int, default=0, metavar="BATCHES", help="also fine-tune on needle tasks, for so many batches"
+        )
+        command.add_argument("--keep", action="store_true", help="keep the runs of adaptations and fine-tunings")
     return parser
 
 
@@ -83,14 +89,15 @@ def _run(options: argparse.Namespace) -> int:
 def _command(arm: str, options: argparse.Namespace) -> list[str]:
     settings = [part for override in _overrides(options) for part in ("--set", override)]
     keep = ["--keep"] if options.keep else []
-    place = ["--config", options.config, "--out", str(options.out)]
+    place = ["--config", options.config, "--out", str(options.out), "--needles", str(options.needles)]
     return [sys.executable, "-m", "examples.claim", "arm", arm, *place, *settings, *keep]
 
 
 def _one(options: argparse.Namespace) -> int:
     from examples.claim import life
 
-    life.live(options.config, options.arm, options.out, _overrides(options), options.keep)
+    needles = arms.NeedleTuning(options.needles) if options.needles else None
+    life.live(options.config, options.arm, options.out, _overrides(options), needles, options.keep)
     return EXIT_OK
 
 

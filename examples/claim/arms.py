@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megarat import config as configuration
 from megarat.config import Config
 from megarat.errors import UserError
@@ -31,6 +33,9 @@ WINDOWED = "D=16,W=256,I=4"
 SINKS = "D=-1,W=256,I=4"
 READINGS = ("dense", "D=4", "D=16", "D=64", WINDOWED, SINKS)
 TOPK = tuple(f"D=-1 + topk blocks={blocks},size=64,score=max" for blocks in (3, 4, 8))
+
+NEEDLE_READINGS = ("dense", "D=16", "D=64")  # each fine-tuned from the weights adapted to it
+NEEDLE_TASKS = "single_1,single_2,multikey_1,multikey_2"
 
 # Share of the pretraining's batches that an adaptation takes: about 1 %, and the 48 of 1167 batches of the anchor.
 SHORT, LONG = 0.01, 0.041
@@ -63,4 +68,28 @@ def adaptation(pretrain: Config, pattern: str, share: float) -> Config:
     tree["attention"] = {"pattern": pattern}
     tree["train"]["pairs"] = batches
     tree["optim"] |= {"lr": pretrain.optim.lr / 10, "warmup": 0}
+    return configuration.from_dict(tree)
+
+
+@dataclass(frozen=True)
+class NeedleTuning:
+    """The fine-tuning on needle tasks."""
+
+    batches: int = 300
+    length: int = 1024
+    global_batch: int = 32
+    samples: int = 100  # of each task, scored
+
+
+def needle_tuning(pretrain: Config, pattern: str, tuning: NeedleTuning, sparse_pass: bool) -> Config:
+    """Fine-tuning of adapted weights on needle tasks under one pattern; or, with the sparse pass, of pretrained ones by pairs, as for top-k.
+
+    As published, but for the learning rate and the number of batches: a model of this size has seen a thousandth of the tokens.
+    """
+    tree = pretrain.to_dict()
+    tree["run"]["dir"] = f"{pretrain.run.dir}-needle/{pattern}{'-pair' if sparse_pass else ''}"
+    tree["attention"] = {"pattern": pattern, "train_dilation": 64}
+    tree["data"] |= {"task": f"needle:{NEEDLE_TASKS}", "sequence_length": tuning.length}
+    tree["train"] |= {"pairs": tuning.batches, "global_batch": tuning.global_batch, "micro_batch": tuning.global_batch}
+    tree["optim"] |= {"lr": pretrain.optim.lr / 5, "warmup": 0.05, "weight_decay": 0.01}
     return configuration.from_dict(tree)

@@ -57,10 +57,13 @@ class Results:
         print(f"{self._content['seconds']:7.1f} s  {self._path.stem}  {key}", flush=True)
 
 
-def live(path: str, arm: str, out: Path, overrides: tuple[str, ...] = (), keep: bool = False) -> Path:
+def live(
+    path: str, arm: str, out: Path, overrides: tuple[str, ...] = (), needles: arms.NeedleTuning | None = None, keep: bool = False
+) -> Path:
     """Train, score and adapt an arm of the config at ``path``; returns the file of its results, ``out/ARM-SEED.json``.
 
-    The runs of adaptations are removed once they are scored, unless ``keep``. Raises ``UserError``.
+    With ``needles`` the adapted weights are also fine-tuned on needle tasks. Runs other than the pretraining's are removed once they are
+    scored, unless ``keep``. Raises ``UserError``.
     """
     config = arms.pretraining(path, arm, overrides)
     out.mkdir(parents=True, exist_ok=True)
@@ -77,9 +80,20 @@ def live(path: str, arm: str, out: Path, overrides: tuple[str, ...] = (), keep: 
         results.put("gates", gate_statistics(config, run))
     adaptations: list[dict[str, Any]] = []
     for pattern, share in arms.ADAPTATIONS:
-        adaptations.append(adapted(config, pattern, share, keep))
+        adaptations.append(adapted(config, pattern, share))
         results.put("adaptations", adaptations)
+        needed = needles is not None and share == arms.LONG and pattern in arms.NEEDLE_READINGS
+        if not keep and not needed:
+            shutil.rmtree(arms.adaptation(config, pattern, share).run.dir)
     results.put("topk", score(run, arms.TOPK, limit_tokens=_TOPK_TOKENS))
+    if needles is not None:
+        tunings: list[dict[str, Any]] = []
+        for pattern in (*arms.NEEDLE_READINGS, None):
+            tunings.append(tuned(config, pattern, needles))
+            results.put("needles", tunings)
+    if not keep:
+        for folder in (f"{run}-adapted", f"{run}-needle"):
+            shutil.rmtree(folder, ignore_errors=True)
     return target
 
 
@@ -119,23 +133,43 @@ def score(run: Path, readings: Sequence[str], limit_tokens: int | None = None) -
     return rows
 
 
-def adapted(config: Config, pattern: str, share: float, keep: bool) -> dict[str, Any]:
+def adapted(config: Config, pattern: str, share: float) -> dict[str, Any]:
     """Adapt the arm to a pattern, and its score under it."""
     settings = arms.adaptation(config, pattern, share)
     run = Path(settings.run.dir)
     adapt(settings, config.run.dir)
     _free()
     rows = read_metrics(run)
-    result = {
+    return {
         "pattern": pattern,
         "batches": settings.train.pairs,
         "tokens": rows[-1]["tokens"],
         "loss_first": rows[0]["loss_dense"],
         "score": score(run, (pattern,))[0],
     }
-    if not keep:
-        shutil.rmtree(run)
-    return result
+
+
+def tuned(config: Config, pattern: str | None, tuning: arms.NeedleTuning) -> dict[str, Any]:
+    """Fine-tune on needle tasks under ``pattern``, from the weights adapted to it; None: by pairs from the pretrained ones, read by top-k."""
+    settings = arms.needle_tuning(config, pattern or "dense", tuning, sparse_pass=pattern is None)
+    start = config.run.dir if pattern is None else arms.adaptation(config, pattern, arms.LONG).run.dir
+    run = Path(settings.run.dir)
+    adapt(settings, start, sparse_pass=pattern is None)
+    _free()
+    readings = ("dense", *arms.TOPK) if pattern is None else (pattern,)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* was adapted to", UserWarning)
+        tasks = f"needle:{arms.NEEDLE_TASKS}".split(",")
+        rows = evaluate(
+            run, EvalSettings(patterns=readings, tasks=tasks, samples=tuning.samples, micro_batch=100, progress=False)
+        )
+    _free()
+    return {
+        "trained": pattern or "pair",
+        "batches": settings.train.pairs,
+        "curve": training_record(run)["curve"],
+        "scores": rows["tasks"]["needle"],
+    }
 
 
 @torch.no_grad()
