@@ -160,8 +160,6 @@ def _tensor(path: Path, name: str, entry: Any, content: np.ndarray) -> Tensor:
 
 def _from_numpy(content: np.ndarray) -> Tensor:
     """torch warns of memory that must not be written; nothing here writes it."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         return torch.from_numpy(content)
