@@ -88,7 +88,7 @@ class Verdict(NamedTuple):
 
 
 _GLOBAL_BATCH = 8
-_HEADS = 4
+_HEADS, _HIDDEN = 4, 64  # heads of 16 channels, the smallest that the GPU kernels take
 
 
 def settings(case: Case, seed: int = 0, device: str = "cpu") -> Config:
@@ -99,7 +99,7 @@ def settings(case: Case, seed: int = 0, device: str = "cpu") -> Config:
     return from_dict(
         {
             "run": {"dir": "none", "device": device},
-            "model": {"layers": layers, "hidden": 32, "heads": _HEADS, "vocab": 64, "init_std": 0.1},
+            "model": {"layers": layers, "hidden": _HIDDEN, "heads": _HEADS, "vocab": 64, "init_std": 0.1},
             "attention": {
                 "pattern": [per_head] + ["dense"] * (layers - 1),
                 "train_dilation": 4,
@@ -198,6 +198,7 @@ def _by_pair(values: Sequence[float]) -> Tensor:
 def measure(case: Case, seed: int = 0, device: str = "cpu", sabotage: Sabotage | None = None) -> Findings:
     """The same training by this world's engine under ``case``; ``sabotage`` plants a bug in it."""
     config = settings(case, seed, device)
+    torch.backends.cuda.matmul.allow_tf32 = False  # some containers switch it on: products to three digits
     mesh = meshes.start(device, config)
     model = local_model(config, mesh).initialise(seed)
     engine = Engine(model, config, mesh)
