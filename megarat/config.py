@@ -138,6 +138,9 @@ class TrainConfig:
         False,
         "Matrix products of the layers in FP8 with one scale a tensor (needs an H100 or newer); weights, moments and the rest stay.",
     )
+    deterministic: bool = setting(
+        False, "Only kernels whose results repeat bit for bit, also on a GPU: a resumed run then equals the uninterrupted one exactly."
+    )
     wall_clock_minutes: float = setting(0.0, "Stop early (exit 75, with a checkpoint) after this time; 0 = no limit.")
     max_skipped: int = setting(3, "Consecutive non-finite pairs to skip before the run stops with an error.")
 

@@ -283,6 +283,8 @@ def start(device: str = "auto", config: Config | None = None) -> Mesh:
     """
     import torch
 
+    if config is not None and config.train.deterministic:
+        _allow_only_repeatable_kernels()
     process = identify(os.environ)
     shape = Shape(data=process.world_size) if config is None else check(config, process.world_size)
     own_device = _device(device, process.local_rank)
@@ -291,6 +293,15 @@ def start(device: str = "auto", config: Config | None = None) -> Mesh:
         torch.distributed.init_process_group("nccl" if own_device.type == "cuda" else "gloo", timeout=_TIMEOUT)
         atexit.register(_leave)
     return Mesh(process.rank, process.world_size, process.local_rank, own_device, shape, _process_groups(shape, process.rank))
+
+
+def _allow_only_repeatable_kernels() -> None:
+    """Those of torch; megarat's own have no atomics. cuBLAS reads its variable when CUDA starts."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a help for debugging that costs memory traffic
 
 
 def identify(environment: Mapping[str, str]) -> Process:

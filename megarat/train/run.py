@@ -59,7 +59,8 @@ def build(config: Config, kind: str, mesh: Mesh, resume: Resume | None, parent: 
     loader, data_identity = _open_data(config, mesh)
     if resume is not None:
         _check_resumable(resume.state, precision, data_identity, config.data.shards, parent)
-    model = local_model(config, mesh)
+    with mesh.device:  # the whole model need never lie on the host
+        model = local_model(config, mesh)
     if resume is None and parent is None:
         model.initialise(config.train.seed)
     engine = Engine(model, config, mesh)
