@@ -115,6 +115,36 @@ def load_weights(path: str | Path, prefer_masters: bool = True) -> dict[str, Ten
     return _read_tensors(folder, MASTERS if prefer_masters and _holds(folder, MASTERS) else WEIGHTS)
 
 
+class StoredWeights:
+    """The weights of a checkpoint one by one, for what never holds all of them. Files are proved first; only those bytes are read.
+
+    Attributes:
+        shapes: shape of each tensor, by logical name.
+        dtype: of all tensors: fp32 masters where there are some and ``prefer_masters``, else as trained.
+    """
+
+    def __init__(self, path: str | Path, prefer_masters: bool = True) -> None:
+        folder = resolve(path)
+        part = MASTERS if prefer_masters and _holds(folder, MASTERS) else WEIGHTS
+        _prove(folder, part)
+        self._folder = folder / part
+        stored = {
+            name: entry
+            for name, entry in _Reader(self._folder).read_metadata().state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        self.shapes = {name: tuple(entry.size) for name, entry in stored.items()}
+        self.dtype = next(entry.properties.dtype for entry in stored.values())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the host."""
+        tensor = torch.empty(self.shapes[name], dtype=self.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            state_dict_loader.load({name: tensor}, storage_reader=_Reader(self._folder), no_dist=True)
+        return tensor
+
+
 def load_optimizer(path: str | Path) -> dict[str, dict[str, Tensor]]:
     """fp32 masters and Adam's moments, ``{"master": {...}, "exp_avg": {...}, "exp_avg_sq": {...}}`` by logical name, on the host.
 
