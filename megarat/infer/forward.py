@@ -8,6 +8,8 @@ Shapes: B sequences, T tokens of a prompt or chunk, C width, V vocabulary, H hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,6 +19,7 @@ from megarat.infer.reading import Reading
 from megarat.infer.topk import topk_attention
 from megarat.model.layers import RMSNorm
 from megarat.model.lm import Block, RATPlusLM
+from megarat.model.mixer import Projections
 from megarat.ops import ScanState, add_rms_norm, apply_rotary, gate_step
 from megarat.ops import decode_step as fused_step
 
@@ -57,49 +60,35 @@ def prefill(
     length = ids_BT.shape[1]
     last_BC: Tensor | None = None
     for start in range(0, length, chunk or length):
-        x_BTC = _extend(model, ids_BT[:, start : start + (chunk or length)], start, lengths_B, cache, padded)
+        normal_BTC = _extend(model, ids_BT[:, start : start + (chunk or length)], start, lengths_B, cache, padded)
         index_B = lengths_B - 1 - start
-        picked_BC = x_BTC[torch.arange(len(ids_BT), device=ids_BT.device), index_B.clamp(0, x_BTC.shape[1] - 1)]
+        rows_B = torch.arange(len(ids_BT), device=ids_BT.device)
+        picked_BC = normal_BTC[rows_B, index_B.clamp(0, normal_BTC.shape[1] - 1)]
         last_BC = picked_BC if last_BC is None else torch.where((index_B >= 0)[:, None], picked_BC, last_BC)
     assert last_BC is not None
     cache.lengths_B.copy_(lengths_B)
-    return model.logits(model.norm(last_BC[:, None]))[:, 0]
+    return model.logits(last_BC[:, None])[:, 0]
 
 
 def _extend(model: RATPlusLM, ids_BT: Tensor, start: int, lengths_B: Tensor, cache: SparseCache, padded: bool) -> Tensor:
-    """Read one chunk of the prompts, from position ``start`` on; returns the residual stream (B, T, C) behind the last layer."""
+    """Read one chunk of the prompts, from position ``start`` on; returns the final normed hidden states (B, T, C)."""
     positions_T = torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device)
     padding_BT = positions_T >= lengths_B[:, None] if padded else None
-    rotary = tuple(table[start : start + ids_BT.shape[1]] for table in cache.rotary)
+    cos_TR, sin_TR = (table[start : start + ids_BT.shape[1]] for table in cache.rotary)
     lengths_B = lengths_B.clamp_max(start + ids_BT.shape[1])  # behind this chunk
-    x_BTC = model.embed(ids_BT)
-    for index, block in enumerate(model.blocks):
-        x_BTC = x_BTC + _read_chunk(block, x_BTC, rotary, index, start, lengths_B, padding_BT, cache)
-        x_BTC = x_BTC + block.ffn(x_BTC)
-    return x_BTC
 
+    def mix(block: Block, index: int, normal_BTC: Tensor) -> Tensor:
+        projections = _project(block, normal_BTC)
+        state = cache.states[index] if cache.states else None
+        q, k, v, new_state = block.mixer.recur(projections, (cos_TR, sin_TR), state if start else None, padding_BT)
+        if state is not None and new_state is not None:
+            _overwrite(state, new_state)
+        if start == 0 and cache.reading.topk is None:  # nothing to read but the chunk itself
+            cache.append(index, k, v, start, lengths_B)
+            return block.mixer.attend(projections.o, q, k, v, cache.reading.layer(index))
+        return _gated(block, cache.extend(index, q, k, v, start, lengths_B), projections.o)
 
-def _read_chunk(
-    block: Block,
-    x_BTC: Tensor,
-    rotary: tuple[Tensor, ...],
-    index: int,
-    start: int,
-    lengths_B: Tensor,
-    padding_BT: Tensor | None,
-    cache: SparseCache,
-) -> Tensor:
-    """The mixer of layer ``index`` on one chunk, (B, T, C); cache and state go on. Its activations end with the call."""
-    projections = block.mixer.project(x_BTC)
-    state = cache.states[index] if cache.states else None
-    q, k, v, new_state = block.mixer.recur(projections, (rotary[0], rotary[1]), state if start else None, padding_BT)
-    if state is not None and new_state is not None:
-        for own, new in zip(state, new_state, strict=True):
-            own.copy_(new)
-    if start == 0 and cache.reading.topk is None:  # nothing to read but the chunk itself
-        cache.append(index, k, v, start, lengths_B)
-        return block.mixer.attend(projections.o, q, k, v, cache.reading.layer(index))
-    return _gated(block, cache.extend(index, q, k, v, start, lengths_B), projections.o)
+    return _through_layers(model, model.embed(ids_BT), mix)
 
 
 @torch.no_grad()
@@ -109,50 +98,72 @@ def decode_step(model: RATPlusLM, ids_B: Tensor, cache: SparseCache, advance_B: 
     ``advance_B`` (int64, 1 or 0) says which rows go on; the others compute along and stay where they are. Nothing waits for the device and
     every size is that of the batch, so the call can be captured in a CUDA graph.
     """
-    norms = [*(block.mixer.norm for block in model.blocks[1:]), model.norm]
-    x_BC = model.embed(ids_B[:, None])[:, 0]
-    normal_BC = model.blocks[0].mixer.norm(x_BC)
-    for index, (block, next_norm) in enumerate(zip(model.blocks, norms, strict=True)):
-        mixed_BC = block.mixer.out_proj(_mix_step(block, normal_BC, cache, index).flatten(-2))
-        normal_BC, x_BC = _add_norm(x_BC, mixed_BC, block.ffn.norm)
-        normal_BC, x_BC = _add_norm(x_BC, block.ffn.down(functional.gelu(block.ffn.up(normal_BC))), next_norm)
+
+    def mix(block: Block, index: int, normal_BTC: Tensor) -> Tensor:
+        mixed_BHK = _mix_step(_project(block, normal_BTC[:, 0]), cache, index)
+        return block.mixer.out_proj(mixed_BHK.flatten(-2))[:, None]
+
+    normal_BTC = _through_layers(model, model.embed(ids_B[:, None]), mix)
     cache.lengths_B.add_(advance_B)
-    return model.logits(normal_BC[:, None])[:, 0]
+    return model.logits(normal_BTC)[:, 0]
 
 
-def _mix_step(block: Block, normal_BC: Tensor, cache: SparseCache, index: int) -> Tensor:
-    """Recurrence, attention and output gate of the current tokens, (B, H, K); cache and state go on."""
-    fused = block.mixer.in_proj(normal_BC)
+def _through_layers(model: RATPlusLM, x_BTC: Tensor, mix: Callable[[Block, int, Tensor], Tensor]) -> Tensor:
+    """The residual stream through all blocks and the last norm, (B, T, C); ``mix`` is the mixer behind its norm.
+
+    Each residual is added in the launch of the norm that follows it. The activations of a mixer end with its call.
+    """
+    norms = [*(block.mixer.norm for block in model.blocks[1:]), model.norm]
+    normal_BTC = model.blocks[0].mixer.norm(x_BTC)
+    for index, (block, next_norm) in enumerate(zip(model.blocks, norms, strict=True)):
+        normal_BTC, x_BTC = _add_norm(x_BTC, mix(block, index, normal_BTC), block.ffn.norm)
+        normal_BTC, x_BTC = _add_norm(x_BTC, block.ffn.down(functional.gelu(block.ffn.up(normal_BTC))), next_norm)
+    return normal_BTC
+
+
+def _project(block: Block, normal: Tensor) -> Projections:
+    """The mixer's projections of normed states (..., C), each (..., H, K)."""
+    fused = block.mixer.in_proj(normal)
     o, q, k, v, *gate = fused.unflatten(-1, (-1, block.mixer.heads, block.mixer.head_dim)).unbind(-3)
+    return Projections(o, q, k, v, gate[0] if gate else None)
+
+
+def _mix_step(projections: Projections, cache: SparseCache, index: int) -> Tensor:
+    """Recurrence, attention and output gate of the current tokens, (B, H, K); cache and state go on."""
+    o, q, k, v, g = projections
     groups = cache.layers[index]
-    if gate and cache.reading.topk is None:
+    if g is not None and cache.reading.topk is None:
         if len(groups) == 1:
-            return _fused_step(groups[0], (q, k, v, gate[0], o), cache.states[index], cache)
+            return _fused_step(groups[0], projections, cache.states[index], cache)
         mixed_BHK = torch.empty_like(q)
         for group in groups:
             state = ScanState(*(group.own(part, 1) for part in cache.states[index]))
-            part_BGK = _fused_step(group, tuple(group.own(x, 1) for x in (q, k, v, gate[0], o)), state, cache)
-            group.put(mixed_BHK, part_BGK, 1)
+            own = Projections(*(group.own(x, 1) for x in (o, q, k, v, g)))
+            group.put(mixed_BHK, _fused_step(group, own, state, cache), 1)
             for whole, part in zip(cache.states[index], state, strict=True):
                 group.put(whole, part, 1)
         return mixed_BHK
     cos_BR, sin_BR = (table[cache.lengths_B] for table in cache.rotary)
     q = apply_rotary(q, cos_BR, sin_BR)
-    if gate:
-        k, v, new_state = gate_step(k, v, gate[0], cache.states[index], cos_BR, sin_BR)
-        for own, new in zip(cache.states[index], new_state, strict=True):
-            own.copy_(new)
-    else:  # the attention-only baseline
+    if g is None:  # the attention-only baseline
         k = apply_rotary(k, cos_BR, sin_BR)
+    else:
+        k, v, new_state = gate_step(k, v, g, cache.states[index], cos_BR, sin_BR)
+        _overwrite(cache.states[index], new_state)
     return cache.step(index, q, k, v) * torch.sigmoid(o)
 
 
-def _fused_step(group: GroupCache, projections: tuple[Tensor, ...], state: ScanState, cache: SparseCache) -> Tensor:
+def _fused_step(group: GroupCache, projections: Projections, state: ScanState, cache: SparseCache) -> Tensor:
     """One head group in one or two launches."""
-    q, k, v, g, o = projections
-    return fused_step(
-        q, k, v, g, *cache.rotary, state, group.k_BHSK, group.v_BHSK, cache.lengths_B, group.pattern, output_gate_BHK=o
-    )
+    o, q, k, v, g = projections
+    assert g is not None
+    slots = (group.k_BHSK, group.v_BHSK, cache.lengths_B)
+    return fused_step(q, k, v, g, *cache.rotary, state, *slots, group.pattern, output_gate_BHK=o)
+
+
+def _overwrite(state: ScanState, new: ScanState) -> None:
+    state.k_BHK.copy_(new.k_BHK)
+    state.v_BHK.copy_(new.v_BHK)
 
 
 def _add_norm(x_BC: Tensor, branch_BC: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:

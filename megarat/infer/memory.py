@@ -12,14 +12,19 @@ _HEADROOM = 0.9  # of the free memory; the rest is for activations
 
 
 def free_bytes(device: torch.device | str) -> int:
-    """Memory that can still be taken on a device: of the GPU, or what the system calls available."""
+    """Memory that can still be taken on a device: of the GPU, what torch holds unused among it, or what the system calls available."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise AssertionError("Linux tells MemAvailable")
+
+
+def largest_batch(bytes_per_sequence: int, device: torch.device | str) -> int:
+    """How many caches of that size fit into the memory that is free now."""
+    return int(_HEADROOM * free_bytes(device) // max(1, bytes_per_sequence))
 
 
 def check_fits(batch: int, bytes_per_sequence: int, length: int, device: torch.device | str) -> None:
@@ -27,7 +32,7 @@ def check_fits(batch: int, bytes_per_sequence: int, length: int, device: torch.d
     free = free_bytes(device)
     if batch * bytes_per_sequence <= _HEADROOM * free:
         return
-    most = int(_HEADROOM * free // bytes_per_sequence) if bytes_per_sequence else batch
+    most = largest_batch(bytes_per_sequence, device)
     rather = (
         f"the largest batch that fits is {most}"
         if most
