@@ -270,18 +270,22 @@ def main() -> int:
     sizes = [process.world_size] if process.world_size > 1 else arguments.worlds
     failed = 0
     for size, seed in itertools.product(sizes, arguments.seeds):
-        chosen = list(cases(size))
-        if process.world_size > 1 or size == 1:
-            verdicts = judge(chosen, seed, arguments.device)
-        else:
-            verdicts = worlds.run(size, judge, chosen, seed, timeout_s=60.0 * len(chosen))[0]
-        for case, verdict in zip(chosen, verdicts, strict=True):
+        for case, verdict in _verdicts(size, seed, arguments.device, here=process.world_size > 1 or size == 1):
             failed += not verdict.holds
             if process.rank == 0:
                 print(f"{verdict}  {case}, seed {seed}", flush=True)
     if process.rank == 0:
         print(f"{failed} failed" if failed else "every mesh computes the same")
     return int(failed > 0)
+
+
+def _verdicts(world_size: int, seed: int, device: str, here: bool) -> Iterator[tuple[Case, Verdict]]:
+    """Each case of a world and its verdict: this world, one by one as they are found, or a world of CPU processes started for it."""
+    chosen = list(cases(world_size))
+    if here:
+        yield from ((case, judge([case], seed, device)[0]) for case in chosen)
+    else:
+        yield from zip(chosen, worlds.run(world_size, judge, chosen, seed, timeout_s=60.0 * len(chosen))[0], strict=True)
 
 
 if __name__ == "__main__":
