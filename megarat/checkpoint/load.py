@@ -130,7 +130,7 @@ class StoredWeights:
         self._folder = folder / part
         stored = {
             name: entry
-            for name, entry in _Reader(self._folder).read_metadata().state_dict_metadata.items()
+            for name, entry in Reader(self._folder).read_metadata().state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
         self.shapes = {name: tuple(entry.size) for name, entry in stored.items()}
@@ -141,7 +141,7 @@ class StoredWeights:
         tensor = torch.empty(self.shapes[name], dtype=self.dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            state_dict_loader.load({name: tensor}, storage_reader=_Reader(self._folder), no_dist=True)
+            state_dict_loader.load({name: tensor}, storage_reader=Reader(self._folder), no_dist=True)
         return tensor
 
 
