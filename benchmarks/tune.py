@@ -33,11 +33,24 @@ SCAN_BACKWARD = [
     (64, 4, 8, 4, 255, 1), (64, 4, 8, 4, 255, 2), (64, 4, 4, 4, 128, 1), (64, 4, 4, 4, 128, 2), (64, 8, 4, 8, 128, 1), (64, 8, 4, 8, 128, 2),
     (32, 16, 8, 8, 255, 1), (32, 16, 8, 8, 255, 2), (32, 16, 4, 8, 128, 2), (32, 8, 8, 4, 255, 2), (64, 4, 8, 4, 255, 4), (64, 8, 4, 8, 128, 4),
 ]  # fmt: skip
+# (queries, keys, warps, stages, registers)
 ATTENTION_FORWARD = [
-    (128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (64, 16, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3), (128, 128, 8, 2),
+    (64, 32, 4, 2, 255), (64, 32, 4, 2, 128), (64, 32, 4, 3, 128), (64, 64, 4, 2, 255), (64, 64, 4, 2, 168), (64, 64, 4, 3, 168),
+    (64, 32, 4, 3, 168), (64, 16, 4, 2, 255), (64, 16, 4, 3, 128), (128, 64, 8, 3, 255), (128, 64, 8, 2, 128), (128, 32, 8, 3, 128),
+    (128, 128, 8, 2, 255), (64, 32, 8, 2, 128), (64, 64, 8, 2, 128),
 ]  # fmt: skip
-QUERIES = [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (64, 16, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2)]
-KEYS = [(64, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 3), (64, 64, 4, 3)]
+QUERIES = [
+    (64, 64, 4, 2, 255), (64, 32, 4, 2, 255), (64, 32, 4, 3, 255), (64, 16, 4, 2, 255), (64, 16, 4, 2, 168), (64, 16, 4, 2, 128),
+    (64, 32, 4, 2, 168), (64, 64, 4, 3, 255), (128, 64, 8, 2, 255), (64, 16, 8, 2, 128), (64, 32, 8, 2, 128),
+]  # fmt: skip
+KEYS = [
+    (64, 64, 4, 2, 255),
+    (32, 64, 4, 3, 255),
+    (32, 64, 4, 2, 255),
+    (32, 64, 4, 3, 168),
+    (32, 128, 8, 3, 255),
+    (64, 64, 4, 3, 255),
+]
 
 
 DECODE = [(64, 4, 3), (32, 4, 3), (32, 2, 3), (16, 2, 2), (64, 8, 2)]  # slots, warps, load stages
@@ -86,17 +99,20 @@ def scan_variants(batch: int, length: int) -> Iterator[Variant]:
 def attention_variants(batch: int, length: int, pattern: tuple[int, int, int], backward: bool) -> Iterator[Variant]:
     q, k, v, dout = (x.contiguous() for x in projections(4, batch, length))
     label = f"{batch}x{length} {pattern}"
-    for tile in ATTENTION_FORWARD:
+    for lazy, tile in ((lazy, tile) for lazy in (False, True) for tile in ATTENTION_FORWARD):
         run = with_table(
-            attention, "FORWARD_TILES", ((1 << 30, tile),), lambda: attention.attention_forward(q, k, v, None, pattern, 0.088)
+            attention,
+            "FORWARD_TILES",
+            ((1 << 30, tile),),
+            lambda: attention.attention_forward(q, k, v, None, None, pattern, 0.088),
         )
-        yield f"attention forward {label} {tile}", run
+        yield f"attention forward {label} {tile} {lazy}", with_table(attention, "LAZY", lazy, run)
     if not backward:
         return
-    out, lse = attention.attention_forward(q, k, v, None, pattern, 0.088)
+    out, lse = attention.attention_forward(q, k, v, None, None, pattern, 0.088)
 
     def run_backward() -> object:
-        return attention.attention_backward(q, k, v, None, out, lse, dout, None, pattern, 0.088)
+        return attention.attention_backward(q, k, v, None, None, out, lse, dout, None, pattern, 0.088)
 
     for tile in QUERIES:
         yield f"attention backward queries {label} {tile}", with_table(attention, "QUERY_TILES", ((1 << 30, tile),), run_backward)

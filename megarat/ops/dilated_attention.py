@@ -115,6 +115,19 @@ def _attend_sdpa(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1TT, scale=scale).transpose(1, 2)
 
 
+def document_runs(document_ids_BT: Tensor) -> Tensor:
+    """Documents are runs of equal ids: the number of each token's run, so that an id that comes back is another document."""
+    changes_BT = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    return F.pad(changes_BT.cumsum(dim=1), (1, 0))
+
+
+def document_start_positions(document_ids_BT: Tensor) -> Tensor:
+    """The position at which each token's run of equal ids starts, int32."""
+    changes_BT = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    positions_T = torch.arange(1, document_ids_BT.shape[1], dtype=torch.int32, device=document_ids_BT.device)
+    return F.pad(torch.where(changes_BT, positions_T, 0), (1, 0)).cummax(dim=1).values.contiguous()
+
+
 def is_dense(pattern: PatternLike, length: int) -> bool:
     """Whether every query of a sequence of this length sees all keys up to its own."""
     dilation, window, initial = check_pattern(pattern)
@@ -148,24 +161,27 @@ def dilated_attention(
     q, k, v: (B, T, H, K), one float dtype; any strides with a contiguous last dimension.
     pattern: (D, W, I) for all heads, or a sequence of H of them; heads of equal pattern run together.
     scale: of the scores, K ** -0.5 by default. output_gate_BTHK: if given, the result is multiplied by its sigmoid.
-    document_ids_BT: integers; keys of another document than the query's are invisible.
-    backend: "triton", "reference" or None to choose (see ops.dispatch); dense patterns always take torch's own attention.
+    document_ids_BT: integers, equal within a document; keys of another document than the query's are invisible.
+    backend: "triton", "reference" or None to choose (see ops.dispatch). A dense pattern without documents takes torch's own attention,
+    unless the log-sum-exp is asked for.
 
     Returns out_BTHK in q's dtype, and with return_lse also the log-sum-exp of the visible scaled scores, (B, T, H) fp32 (float64
     for float64 inputs).
     """
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
-    unsupported = _unsupported(q_BTHK, k_BTHK, v_BTHK, document_ids_BT)
+    unsupported = _unsupported(q_BTHK, k_BTHK, v_BTHK)
     kernels = choose_backend("dilated_attention", backend, q_BTHK, unsupported) == "triton"
+    starts_BT = document_start_positions(document_ids_BT) if kernels and document_ids_BT is not None else None
     groups = group_heads(pattern, q_BTHK.shape[2])
     parts: list[tuple[Tensor, Tensor | None]] = []
     for one_pattern, heads in groups:
         q, k, v = (_take_heads(x, heads) for x in (q_BTHK, k_BTHK, v_BTHK))
         gate = None if output_gate_BTHK is None else _take_heads(output_gate_BTHK, heads)
-        if kernels and (return_lse or not is_dense(one_pattern, q.shape[1])):
-            parts.append(_attend_triton(q, k, v, gate, one_pattern, scale))
+        if kernels and (return_lse or starts_BT is not None or not is_dense(one_pattern, q.shape[1])):
+            parts.append(_attend_triton(q, k, v, gate, starts_BT, one_pattern, scale))
         else:
-            out, lse = _attend_torch(q, k, v, one_pattern, scale, return_lse, document_ids_BT)
+            runs_BT = None if document_ids_BT is None else document_runs(document_ids_BT)
+            out, lse = _attend_torch(q, k, v, one_pattern, scale, return_lse, runs_BT)
             parts.append((out if gate is None else output_gate(out, gate, backend=backend), lse))
     order = [head for _, heads in groups for head in heads]
     out_BTHK = _restore_heads([out for out, _ in parts], order)
@@ -175,18 +191,24 @@ def dilated_attention(
 
 
 def _attend_triton(
-    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, gate_BTHK: Tensor | None, pattern: tuple[int, int, int], scale: float
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHK: Tensor,
+    gate_BTHK: Tensor | None,
+    starts_BT: Tensor | None,
+    pattern: tuple[int, int, int],
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     from megarat.ops.kernels.dilated_attention import DilatedAttention
 
-    out_BTHK, lse_BHT = DilatedAttention.apply(q_BTHK, k_BTHK, v_BTHK, gate_BTHK, pattern, scale)
+    if is_dense(pattern, q_BTHK.shape[1]):
+        pattern = (-1, q_BTHK.shape[1], 0)  # as one window, whose keys' gradients need no partial sums
+    out_BTHK, lse_BHT = DilatedAttention.apply(q_BTHK, k_BTHK, v_BTHK, gate_BTHK, starts_BT, pattern, scale)
     return out_BTHK, lse_BHT.transpose(1, 2)
 
 
-def _unsupported(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, document_ids_BT: Tensor | None) -> str | None:
+def _unsupported(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> str | None:
     """Why the kernels cannot serve these inputs, or None."""
-    if document_ids_BT is not None:
-        return "documents are masked"
     if not q_BTHK.dtype == k_BTHK.dtype == v_BTHK.dtype or q_BTHK.dtype == torch.float64:
         return f"the inputs are {q_BTHK.dtype}, {k_BTHK.dtype} and {v_BTHK.dtype}"
     if q_BTHK.shape[-1] not in (16, 32, 64, 128):

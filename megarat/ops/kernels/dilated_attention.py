@@ -30,16 +30,19 @@ LOG2E = 1.4426950408889634
 NO_DILATION = 1 << 23  # stands for D = -1: longer than any sequence, and a tile of its multiples still fits 32 bits
 FAR_PROGRAMS = 512  # the far gradient splits its queries until about so many programs exist
 
-# (M, N, warps, stages); chosen by timing on an H200. A forward with few keys a query is bound by memory and wants small tiles, one
+Tile = tuple[int, int, int, int, int]
+
+# (M, N, warps, stages, registers a thread); chosen by timing on an H200. A forward with few keys a query is bound by memory and wants small tiles, one
 # with many by the matrix units. fp32 tiles need twice the shared memory and serve no training.
 FORWARD_TILES = (
-    (64, (64, 16, 4, 2)),
-    (768, (64, 32, 4, 2)),
-    (NO_DILATION, (128, 64, 8, 3)),
+    (64, (64, 16, 4, 2, 255)),
+    (768, (64, 32, 4, 2, 255)),
+    (NO_DILATION, (128, 64, 8, 3, 255)),
 )  # (up to so many keys a query, tile)
-QUERY_TILES = ((64, (64, 16, 4, 2)), (256, (64, 32, 4, 3)), (1 << 30, (64, 64, 4, 2)))
-KEY_TILE = (32, 64, 4, 3)
-FP32_TILE = (32, 32, 4, 1)
+QUERY_TILES = ((64, (64, 16, 4, 2, 255)), (256, (64, 32, 4, 3, 255)), (1 << 30, (64, 64, 4, 2, 255)))
+KEY_TILE = (32, 64, 4, 3, 255)
+FP32_TILE = (32, 32, 4, 1, 255)
+LAZY = False
 
 
 @triton.jit
@@ -61,43 +64,85 @@ def _rows(ptr, rows, stride, K: tl.constexpr):
 
 
 @triton.jit
-def _key_tile(tile, far_tiles, first, window, dilation, initial, M: tl.constexpr, N: tl.constexpr, WINDOWED: tl.constexpr):
+def _documents(starts_ptr, i_M, first, T, M: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """Where the documents of queries [first, first + M) start: of each (M,), of the first one and of the last one; 0 without documents."""
+    if DOCUMENTS:
+        start_M = tl.load(starts_ptr + i_M, mask=i_M < T, other=0)
+        lowest, highest = tl.load(starts_ptr + first), tl.load(starts_ptr + tl.minimum(first + M, T) - 1)
+    else:
+        start_M, lowest, highest = tl.zeros([M], tl.int32), 0, 0
+    return start_M, lowest, highest
+
+
+@triton.jit
+def _key_tile(
+    tile, far_tiles, first, lowest, highest, window, dilation, initial,
+    M: tl.constexpr, N: tl.constexpr, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr,
+):  # fmt: skip
     """Tile number `tile` of the keys that queries [first, first + M) see: positions (N,), whether it is a far tile, and whether some
     query does not see all of it."""
     is_far = tile < far_tiles
-    j_N = _far_position(tile * N + tl.arange(0, N), dilation, initial)
-    partial = _far_position(tile * N + N - 1, dilation, initial) >= first - window
+    f_N = tile * N + tl.arange(0, N)
+    # dilated entries are evenly spaced, and so are window tiles: one product a row whichever it is
+    begin, step = (initial // dilation + tile * N - initial + 1) * dilation - 1, dilation
+    end = _far_position(tile * N + N - 1, dilation, initial)
+    partial = end >= first - window
+    if DOCUMENTS:
+        partial = partial | (_far_position(tile * N, dilation, initial) < highest)
     if WINDOWED:
-        n0 = tl.maximum(first - window, 0) + (tile - far_tiles) * N
-        j_N = tl.where(is_far, j_N, n0 + tl.arange(0, N))
-        partial = (is_far & partial) | ((tile >= far_tiles) & ((n0 < first + M - 1 - window) | (n0 + N > first)))
+        n0 = tl.maximum(tl.maximum(first - window, 0), lowest) + (tile - far_tiles) * N
+        begin, step = tl.where(is_far, begin, n0), tl.where(is_far, step, 1)
+        cut = (n0 < first + M - 1 - window) | (n0 + N > first)
+        if DOCUMENTS:
+            cut = cut | (n0 < highest)
+        partial = (is_far & partial) | ((tile >= far_tiles) & cut)
+        initial = tl.where(is_far, initial, 0)
+    j_N = tl.where(f_N < initial, f_N, begin + tl.arange(0, N) * step)
     return j_N, is_far, partial
 
 
 @triton.jit
-def _seen(j_N, is_far, i_M, window, WINDOWED: tl.constexpr):
-    """(M, N): far keys lie in front of the window, the others inside of it."""
-    in_front_MN = j_N[None, :] < tl.maximum(i_M - window, 0)[:, None]
+def _seen(j_N, is_far, i_M, start_M, window, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """(M, N): far keys lie in front of the window, the others inside of it; none in front of the query's document."""
+    lo_M = tl.maximum(i_M - window, 0)
     if WINDOWED:
-        return tl.where(is_far, in_front_MN, (in_front_MN == 0) & (j_N[None, :] < i_M[:, None]))
-    return in_front_MN
+        from_M = tl.maximum(tl.where(is_far, 0, lo_M), start_M)
+        to_M = tl.where(is_far, lo_M, i_M)
+        seen_MN = (j_N[None, :] >= from_M[:, None]) & (j_N[None, :] < to_M[:, None])
+    elif DOCUMENTS:
+        seen_MN = (j_N[None, :] >= start_M[:, None]) & (j_N[None, :] < lo_M[:, None])
+    else:
+        seen_MN = j_N[None, :] < lo_M[:, None]
+    return seen_MN
 
 
 @triton.jit
-def _tile_counts(first, T, window, dilation, initial, M: tl.constexpr, N: tl.constexpr, WINDOWED: tl.constexpr):
-    """How many far tiles queries [first, first + M) walk, and how many tiles in all."""
+def _tile_counts(first, T, lowest, window, dilation, initial, M: tl.constexpr, N: tl.constexpr, WINDOWED: tl.constexpr):
+    """What queries [first, first + M) walk: the number of their first far tile, the end of the far tiles, and the end of all."""
     last = tl.minimum(first + M, T) - 1
     far_tiles = tl.cdiv(_far_count(tl.maximum(last - window, 0), dilation, initial), N)
+    first_tile = tl.minimum(_far_count(lowest, dilation, initial) // N, far_tiles)
+    tiles = far_tiles
     if WINDOWED:
-        return far_tiles, far_tiles + tl.cdiv(last + 1 - tl.maximum(first - window, 0), N)
-    return far_tiles, far_tiles
+        tiles += tl.cdiv(last + 1 - tl.maximum(tl.maximum(first - window, 0), lowest), N)
+    return first_tile, far_tiles, tiles
+
+
+@triton.jit
+def _load_keys(k_ptr, v_ptr, j_N, T, k_t, v_t, K: tl.constexpr, WIDE: tl.constexpr):
+    """Rows of K and V at positions j; WIDE where a sequence's offsets need 64 bits."""
+    in_N1 = (j_N < T)[:, None]
+    if WIDE:
+        j_N = j_N.to(tl.int64)
+    return tl.load(_rows(k_ptr, j_N, k_t, K), mask=in_N1, other=0.0), tl.load(_rows(v_ptr, j_N, v_t, K), mask=in_N1, other=0.0)
 
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, gate_ptr, out_ptr, lse_ptr, T, H, dilation, window, initial, scale,
+    q_ptr, k_ptr, v_ptr, gate_ptr, starts_ptr, out_ptr, lse_ptr, T, H, dilation, window, initial, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, gate_b, gate_t, gate_h,
-    K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOWED: tl.constexpr, GATED: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    WINDOWED: tl.constexpr, GATED: tl.constexpr, DOCUMENTS: tl.constexpr, WIDE: tl.constexpr, LAZY: tl.constexpr,
 ):  # fmt: skip
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # the longest rows of work start first
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
@@ -113,19 +158,35 @@ def _forward_kernel(
     sum_M = tl.full([M], 1.0, tl.float32)
     acc_MK = own_v_MK.to(tl.float32)
 
-    far_tiles, tiles = _tile_counts(first, T, window, dilation, initial, M, N, WINDOWED)
-    for tile in tl.range(0, tiles):
-        j_N, is_far, partial = _key_tile(tile, far_tiles, first, window, dilation, initial, M, N, WINDOWED)
-        k_NK = tl.load(_rows(k_ptr, j_N.to(tl.int64), k_t, K), mask=(j_N < T)[:, None], other=0.0)
-        v_NK = tl.load(_rows(v_ptr, j_N.to(tl.int64), v_t, K), mask=(j_N < T)[:, None], other=0.0)
-        s_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision="tf32x3") * scale
+    start_M, lowest, highest = _documents(starts_ptr + b * T, i_M, first, T, M, DOCUMENTS)
+    first_tile, far_tiles, tiles = _tile_counts(first, T, lowest, window, dilation, initial, M, N, WINDOWED)
+    for tile in tl.range(first_tile, tiles):
+        j_N, is_far, partial = _key_tile(
+            tile, far_tiles, first, lowest, highest, window, dilation, initial, M, N, WINDOWED, DOCUMENTS
+        )
+        k_NK, v_NK = _load_keys(k_ptr, v_ptr, j_N, T, k_t, v_t, K, WIDE)
+        s_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision="tf32x3")
         if partial:
-            s_MN = tl.where(_seen(j_N, is_far, i_M, window, WINDOWED), s_MN, float("-inf"))
-        new_top_M = tl.maximum(top_M, tl.max(s_MN, axis=1))
-        p_MN = tl.exp2(s_MN - new_top_M[:, None])
-        shrink_M = tl.exp2(top_M - new_top_M)
-        acc_MK = tl.dot(p_MN.to(v_NK.dtype), v_NK, acc_MK * shrink_M[:, None], input_precision="tf32x3")
-        top_M, sum_M = new_top_M, sum_M * shrink_M + tl.sum(p_MN, axis=1)
+            s_MN = tl.where(_seen(j_N, is_far, i_M, start_M, window, WINDOWED, DOCUMENTS), s_MN, float("-inf"))
+        if LAZY:
+            # p may exceed 1 as far as its dtype allows without loss: the sums are carried over to a new reference only when needed
+            s_MN = s_MN * scale - top_M[:, None]
+            excess_M = tl.max(s_MN, axis=1)
+            if tl.max(excess_M, axis=0) > 8.0:
+                rise_M = tl.maximum(excess_M, 0.0)
+                s_MN -= rise_M[:, None]
+                shrink_M = tl.exp2(-rise_M)
+                acc_MK *= shrink_M[:, None]
+                top_M, sum_M = top_M + rise_M, sum_M * shrink_M
+            p_MN = tl.exp2(s_MN)
+            acc_MK = tl.dot(p_MN.to(v_NK.dtype), v_NK, acc_MK, input_precision="tf32x3")
+            sum_M += tl.sum(p_MN, axis=1)
+        else:
+            new_top_M = tl.maximum(top_M, tl.max(s_MN, axis=1) * scale)
+            p_MN = tl.exp2(s_MN * scale - new_top_M[:, None])
+            shrink_M = tl.exp2(top_M - new_top_M)
+            acc_MK = tl.dot(p_MN.to(v_NK.dtype), v_NK, acc_MK * shrink_M[:, None], input_precision="tf32x3")
+            top_M, sum_M = new_top_M, sum_M * shrink_M + tl.sum(p_MN, axis=1)
 
     out_MK = acc_MK / sum_M[:, None]
     if GATED:
@@ -138,11 +199,12 @@ def _forward_kernel(
 
 @triton.jit
 def _queries_kernel(
-    q_ptr, k_ptr, v_ptr, gate_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr,
+    q_ptr, k_ptr, v_ptr, gate_ptr, starts_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr,
     dq_ptr, dk_ptr, dv_ptr, dgate_ptr, open_dout_ptr, delta_ptr, T, H, dilation, window, initial, scale, plain_scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, gate_b, gate_t, gate_h,
     dout_b, dout_t, dout_h,
-    K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WINDOWED: tl.constexpr, GATED: tl.constexpr, HAS_DLSE: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    WINDOWED: tl.constexpr, GATED: tl.constexpr, DOCUMENTS: tl.constexpr, WIDE: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
@@ -181,14 +243,16 @@ def _queries_kernel(
         tl.store(_rows(dv_ptr + row_0, local_M, H * K, K), dv_MK.to(dv_ptr.dtype.element_ty), mask=in_M1)
     dq_MK = own_k_MK * own_ds_M[:, None]
 
-    far_tiles, tiles = _tile_counts(first, T, window, dilation, initial, M, N, WINDOWED)
-    for tile in tl.range(0, tiles):
-        j_N, is_far, partial = _key_tile(tile, far_tiles, first, window, dilation, initial, M, N, WINDOWED)
-        k_NK = tl.load(_rows(k_ptr, j_N.to(tl.int64), k_t, K), mask=(j_N < T)[:, None], other=0.0)
-        v_NK = tl.load(_rows(v_ptr, j_N.to(tl.int64), v_t, K), mask=(j_N < T)[:, None], other=0.0)
+    start_M, lowest, highest = _documents(starts_ptr + b * T, i_M, first, T, M, DOCUMENTS)
+    first_tile, far_tiles, tiles = _tile_counts(first, T, lowest, window, dilation, initial, M, N, WINDOWED)
+    for tile in tl.range(first_tile, tiles):
+        j_N, is_far, partial = _key_tile(
+            tile, far_tiles, first, lowest, highest, window, dilation, initial, M, N, WINDOWED, DOCUMENTS
+        )
+        k_NK, v_NK = _load_keys(k_ptr, v_ptr, j_N, T, k_t, v_t, K, WIDE)
         p_MN = tl.exp2(tl.dot(q_MK, tl.trans(k_NK), input_precision="tf32x3") * scale - lse_M[:, None])
         if partial:
-            p_MN = tl.where(_seen(j_N, is_far, i_M, window, WINDOWED), p_MN, 0.0)
+            p_MN = tl.where(_seen(j_N, is_far, i_M, start_M, window, WINDOWED, DOCUMENTS), p_MN, 0.0)
         ds_MN = p_MN * (tl.dot(dout_MK, tl.trans(v_NK), input_precision="tf32x3") - delta_M[:, None])
         dq_MK = tl.dot(ds_MN.to(k_NK.dtype), k_NK, dq_MK, input_precision="tf32x3")
     dq_MK *= plain_scale
@@ -197,10 +261,10 @@ def _queries_kernel(
 
 @triton.jit
 def _keys_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, starts_ptr, ends_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     T, H, keys, dilation, window, initial, scale, plain_scale, stretch, split_stride,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dout_b, dout_t, dout_h,
-    K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FAR: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FAR: tl.constexpr, DOCUMENTS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys: of the far list (FAR; from queries behind j + W) or of all keys (from those in [j, j + W]).
 
@@ -220,6 +284,10 @@ def _keys_kernel(
         j_N = n_N
         begin, end = n_first, tl.minimum(T, last + window + 1)
         everyone = last  # queries in [last, first key + W] see every key of the tile
+    if DOCUMENTS:
+        starts_ptr += b * T
+        shared_until = tl.load(ends_ptr + b * T + (_far_position(n_first, dilation, initial) if FAR else n_first))
+        end = tl.minimum(end, tl.load(ends_ptr + b * T + (_far_position(last, dilation, initial) if FAR else last)))
     k_NK = tl.load(_rows(k_ptr + b * k_b + h * k_h, j_N.to(tl.int64), k_t, K), mask=in_N1, other=0.0)
     v_NK = tl.load(_rows(v_ptr + b * v_b + h * v_h, j_N.to(tl.int64), v_t, K), mask=in_N1, other=0.0)
     dk_NK, dv_NK = tl.zeros([N, K], tl.float32), tl.zeros([N, K], tl.float32)
@@ -230,8 +298,11 @@ def _keys_kernel(
     for i0 in tl.range(begin, end, M):
         i_M = i0 + tl.arange(0, M)
         in_M = i_M < end
-        q_MK = tl.load(_rows(q_ptr, i_M.to(tl.int64), q_t, K), mask=in_M[:, None], other=0.0)
-        dout_MK = tl.load(_rows(dout_ptr, i_M.to(tl.int64), dout_t, K), mask=in_M[:, None], other=0.0)
+        row_M = i_M
+        if WIDE:
+            row_M = i_M.to(tl.int64)
+        q_MK = tl.load(_rows(q_ptr, row_M, q_t, K), mask=in_M[:, None], other=0.0)
+        dout_MK = tl.load(_rows(dout_ptr, row_M, dout_t, K), mask=in_M[:, None], other=0.0)
         lse_M = tl.load(lse_ptr + i_M, mask=in_M, other=float("inf")) * 1.4426950408889634
         delta_M = tl.load(delta_ptr + i_M, mask=in_M, other=0.0)
         # a query outside of the sequence has lse = inf, hence weight 0
@@ -242,6 +313,10 @@ def _keys_kernel(
         else:
             if (i0 < everyone) | (i0 + M - 1 > n_first + window):
                 p_NM = tl.where((i_M[None, :] >= j_N[:, None]) & (i_M[None, :] <= j_N[:, None] + window), p_NM, 0.0)
+        if DOCUMENTS:  # noqa: SIM102 (decided when the kernel is compiled, the next line when it runs)
+            if i0 + M > shared_until:
+                start_M = tl.load(starts_ptr + i_M, mask=in_M, other=0)
+                p_NM = tl.where(start_M[None, :] <= j_N[:, None], p_NM, 0.0)
         dv_NK = tl.dot(p_NM.to(dout_MK.dtype), dout_MK, dv_NK, input_precision="tf32x3")
         ds_NM = p_NM * (tl.dot(v_NK, tl.trans(dout_MK), input_precision="tf32x3") - delta_M[None, :])
         dk_NK = tl.dot(ds_NM.to(q_MK.dtype), q_MK, dk_NK, input_precision="tf32x3")
@@ -280,14 +355,21 @@ def _far_keys(length: int, pattern: tuple[int, int, int]) -> int:
     return min(initial, length) + (0 if dilation == -1 else max(0, length // dilation - initial // dilation))
 
 
-def _tile(
-    table: tuple[tuple[int, tuple[int, int, int, int]], ...], length: int, pattern: tuple[int, int, int], dtype: torch.dtype
-) -> tuple[int, int, int, int]:
+def _tile(table: tuple[tuple[int, Tile], ...], length: int, pattern: tuple[int, int, int], dtype: torch.dtype) -> Tile:
     """The tile of a table for so many keys a query as this pattern shows on average."""
     if dtype == torch.float32:
         return FP32_TILE
     keys = _far_keys(length, pattern) // 2 + min(pattern[1], length)
     return next(tile for limit, tile in table if keys <= limit)
+
+
+def _tile_options(tile: Tile) -> dict[str, int]:
+    return dict(zip(("M", "N", "num_warps", "num_stages", "maxnreg"), tile, strict=True))
+
+
+def _is_wide(*tensors_BTHK: Tensor) -> bool:
+    """Whether offsets inside of one sequence need 64 bits."""
+    return any(x.shape[1] * x.stride(1) >= 1 << 31 for x in tensors_BTHK)
 
 
 def _strides(**tensors_BTHK: Tensor) -> dict[str, int]:
@@ -296,18 +378,28 @@ def _strides(**tensors_BTHK: Tensor) -> dict[str, int]:
 
 
 def attention_forward(
-    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, gate_BTHK: Tensor | None, pattern: tuple[int, int, int], scale: float
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHK: Tensor,
+    gate_BTHK: Tensor | None,
+    starts_BT: Tensor | None,
+    pattern: tuple[int, int, int],
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the forward: (out_BTHK, gated if a gate is given; lse_BHT fp32)."""
+    """Launches the forward: (out_BTHK, gated if a gate is given; lse_BHT fp32).
+
+    starts_BT: int32, the position at which each token's document starts, or None for whole sequences.
+    """
     batch, length, heads, channels = q_BTHK.shape
-    m, n, warps, stages = _tile(FORWARD_TILES, length, pattern, q_BTHK.dtype)
+    tile = _tile(FORWARD_TILES, length, pattern, q_BTHK.dtype)
     out_BTHK = torch.empty(q_BTHK.shape, dtype=q_BTHK.dtype, device=q_BTHK.device)
     lse_BHT = torch.empty(batch, heads, length, dtype=torch.float32, device=q_BTHK.device)
     gate = q_BTHK if gate_BTHK is None else gate_BTHK
-    _forward_kernel[(triton.cdiv(length, m), batch * heads)](
-        q_BTHK, k_BTHK, v_BTHK, gate, out_BTHK, lse_BHT, length, heads, **_pattern_arguments(pattern), scale=scale * LOG2E,
-        **_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, gate=gate),
-        K=channels, M=m, N=n, WINDOWED=pattern[1] > 0, GATED=gate_BTHK is not None, num_warps=warps, num_stages=stages,
+    _forward_kernel[(triton.cdiv(length, tile[0]), batch * heads)](
+        q_BTHK, k_BTHK, v_BTHK, gate, lse_BHT if starts_BT is None else starts_BT, out_BTHK, lse_BHT, length, heads,
+        **_pattern_arguments(pattern), scale=scale * LOG2E, **_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, gate=gate),
+        K=channels, WINDOWED=pattern[1] > 0, GATED=gate_BTHK is not None, DOCUMENTS=starts_BT is not None,
+        WIDE=_is_wide(k_BTHK, v_BTHK), LAZY=LAZY, **_tile_options(tile),
     )  # fmt: skip
     return out_BTHK, lse_BHT
 
@@ -317,6 +409,7 @@ def attention_backward(
     k_BTHK: Tensor,
     v_BTHK: Tensor,
     gate_BTHK: Tensor | None,
+    starts_BT: Tensor | None,
     out_BTHK: Tensor,
     lse_BHT: Tensor,
     dout_BTHK: Tensor,
@@ -326,32 +419,41 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Launches the backward: (dq, dk, dv, gradient of the gate or None)."""
     batch, length, heads, channels = q_BTHK.shape
-    m, n, warps, stages = _tile(QUERY_TILES, length, pattern, q_BTHK.dtype)
+    tile = _tile(QUERY_TILES, length, pattern, q_BTHK.dtype)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BTHK, k_BTHK, v_BTHK))
     gated = gate_BTHK is not None
     gate, dgate = (q_BTHK, dq) if gate_BTHK is None else (gate_BTHK, torch.empty_like(dq, dtype=gate_BTHK.dtype))
     open_dout = torch.empty_like(out_BTHK) if gated else dout_BTHK
     delta_BHT = torch.empty_like(lse_BHT)
     shared = {**_pattern_arguments(pattern), "scale": scale * LOG2E, "plain_scale": scale}
-    _queries_kernel[(triton.cdiv(length, m), batch * heads)](
-        q_BTHK, k_BTHK, v_BTHK, gate, out_BTHK, lse_BHT, dout_BTHK, lse_BHT if dlse_BHT is None else dlse_BHT,
-        dq, dk, dv, dgate, open_dout, delta_BHT, length, heads, **shared,
+    documents = {"DOCUMENTS": starts_BT is not None, "WIDE": _is_wide(q_BTHK, k_BTHK, v_BTHK, open_dout)}
+    _queries_kernel[(triton.cdiv(length, tile[0]), batch * heads)](
+        q_BTHK, k_BTHK, v_BTHK, gate, lse_BHT if starts_BT is None else starts_BT, out_BTHK, lse_BHT, dout_BTHK,
+        lse_BHT if dlse_BHT is None else dlse_BHT, dq, dk, dv, dgate, open_dout, delta_BHT, length, heads, **shared,
         **_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, gate=gate, dout=dout_BTHK),
-        K=channels, M=m, N=n, WINDOWED=pattern[1] > 0, GATED=gated, HAS_DLSE=dlse_BHT is not None,
-        num_warps=warps, num_stages=stages,
+        K=channels, WINDOWED=pattern[1] > 0, GATED=gated, HAS_DLSE=dlse_BHT is not None, **documents, **_tile_options(tile),
     )  # fmt: skip
-    m, n, warps, stages = FP32_TILE if q_BTHK.dtype == torch.float32 else KEY_TILE
-    options = {"K": channels, "M": m, "N": n, "num_warps": warps, "num_stages": stages}
+    options = {"K": channels, **documents, **_tile_options(FP32_TILE if q_BTHK.dtype == torch.float32 else KEY_TILE)}
+    bounds = (lse_BHT, lse_BHT) if starts_BT is None else (starts_BT, _document_ends(starts_BT))
     if pattern[1] > 0:
-        _keys_kernel[(triton.cdiv(length, n), batch * heads, 1)](
-            q_BTHK, k_BTHK, v_BTHK, open_dout, lse_BHT, delta_BHT, dk, dv, length, heads, length, **shared,
+        _keys_kernel[(triton.cdiv(length, options["N"]), batch * heads, 1)](
+            q_BTHK, k_BTHK, v_BTHK, *bounds, open_dout, lse_BHT, delta_BHT, dk, dv, length, heads, length, **shared,
             stretch=length, split_stride=0, **_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, dout=open_dout),
             FAR=False, **options,
         )  # fmt: skip
     far = _far_keys(length, pattern)
     if far > 0:
-        _add_far_gradient(dk, dv, q_BTHK, k_BTHK, v_BTHK, open_dout, lse_BHT, delta_BHT, far, shared, options)
+        _add_far_gradient(dk, dv, q_BTHK, k_BTHK, v_BTHK, bounds, open_dout, lse_BHT, delta_BHT, far, shared, options)
     return dq, dk, dv, dgate if gated else None
+
+
+def _document_ends(starts_BT: Tensor) -> Tensor:
+    """The position behind each token's document, from the positions at which the documents start; int32."""
+    length = starts_BT.shape[1]
+    begins_BT = starts_BT == torch.arange(length, dtype=torch.int32, device=starts_BT.device)
+    next_BT = torch.where(begins_BT, starts_BT, length)[:, 1:]  # where the next token begins a document, that is the end
+    ends_BT = torch.nn.functional.pad(next_BT, (0, 1), value=length)
+    return ends_BT.flip(1).cummin(1).values.flip(1).contiguous()
 
 
 def _add_far_gradient(
@@ -360,6 +462,7 @@ def _add_far_gradient(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
     v_BTHK: Tensor,
+    bounds: tuple[Tensor, Tensor],
     dout_BTHK: Tensor,
     lse_BHT: Tensor,
     delta_BHT: Tensor,
@@ -375,7 +478,7 @@ def _add_far_gradient(
     parts = torch.empty(2, splits, batch, far, heads, channels, dtype=torch.float32, device=q_BTHK.device)
     split_stride = parts.stride(1)
     _keys_kernel[(tiles, batch * heads, splits)](
-        q_BTHK, k_BTHK, v_BTHK, dout_BTHK, lse_BHT, delta_BHT, parts[0], parts[1], length, heads, far, **shared,
+        q_BTHK, k_BTHK, v_BTHK, *bounds, dout_BTHK, lse_BHT, delta_BHT, parts[0], parts[1], length, heads, far, **shared,
         stretch=stretch, split_stride=split_stride, **_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, dout=dout_BTHK),
         FAR=True, **options,
     )  # fmt: skip
@@ -396,12 +499,13 @@ class DilatedAttention(torch.autograd.Function):
         k_BTHK: Tensor,
         v_BTHK: Tensor,
         gate_BTHK: Tensor | None,
+        starts_BT: Tensor | None,
         pattern: tuple[int, int, int],
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         """Launches the forward and keeps its inputs and per-row results."""
-        out_BTHK, lse_BHT = attention_forward(q_BTHK, k_BTHK, v_BTHK, gate_BTHK, pattern, scale)
-        ctx.save_for_backward(q_BTHK, k_BTHK, v_BTHK, gate_BTHK, out_BTHK, lse_BHT)
+        out_BTHK, lse_BHT = attention_forward(q_BTHK, k_BTHK, v_BTHK, gate_BTHK, starts_BT, pattern, scale)
+        ctx.save_for_backward(q_BTHK, k_BTHK, v_BTHK, gate_BTHK, starts_BT, out_BTHK, lse_BHT)
         ctx.pattern, ctx.scale = pattern, scale
         ctx.set_materialize_grads(False)
         return out_BTHK, lse_BHT
@@ -410,11 +514,11 @@ class DilatedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_BTHK: Tensor | None, dlse_BHT: Tensor | None) -> tuple[Tensor | None, ...]:
         """Launches the backward."""
-        q_BTHK, k_BTHK, v_BTHK, gate_BTHK, out_BTHK, lse_BHT = ctx.saved_tensors
+        q_BTHK, k_BTHK, v_BTHK, gate_BTHK, starts_BT, out_BTHK, lse_BHT = ctx.saved_tensors
         dout_BTHK = torch.zeros_like(out_BTHK) if dout_BTHK is None else dout_BTHK
         dout_BTHK = dout_BTHK if dout_BTHK.stride(-1) == 1 else dout_BTHK.contiguous()
         dlse_BHT = None if dlse_BHT is None else dlse_BHT.contiguous()
         gradients = attention_backward(
-            q_BTHK, k_BTHK, v_BTHK, gate_BTHK, out_BTHK, lse_BHT, dout_BTHK, dlse_BHT, ctx.pattern, ctx.scale
+            q_BTHK, k_BTHK, v_BTHK, gate_BTHK, starts_BT, out_BTHK, lse_BHT, dout_BTHK, dlse_BHT, ctx.pattern, ctx.scale
         )
-        return (*gradients, None, None)
+        return (*gradients, None, None, None)
