@@ -156,16 +156,26 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_checkpoint(verbs: Any) -> None:
-    parser = verbs.add_parser("checkpoint", help="look inside a checkpoint, prove its integrity, import published ones")
+    parser = verbs.add_parser("checkpoint", help="look inside a checkpoint, prove its integrity, export and import")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="shapes, step, tokens, pattern, parent")
+    show = actions.add_parser("show", help="shapes, step, tokens, pattern, parent, the mesh that wrote it")
     show.add_argument("path", metavar="CHECKPOINT")
     show.set_defaults(run=_checkpoint_show)
     verify = actions.add_parser("verify", help="check size and hash of every file")
     verify.add_argument("path", metavar="CHECKPOINT")
     verify.set_defaults(run=_checkpoint_verify)
-    imported = actions.add_parser("import", help="bring a .pth of the published RAT+ code in; runs nothing pickled in it")
-    imported.add_argument("source", metavar="FILE.pth")
+    exported = actions.add_parser("export", help="write safetensors and a Hugging Face folder, and compare its logits")
+    exported.add_argument("path", metavar="CHECKPOINT", help="checkpoint or run folder")
+    exported.add_argument("out", metavar="OUT", help="folder to write")
+    exported.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as trained")
+    exported.add_argument("--pattern", help=f"what it is read by: {_PATTERN_HELP} (default: the checkpoint's own)")
+    exported.add_argument("--tokenizer", help="tokenizer file or folder (default: the one stored with the checkpoint)")
+    exported.add_argument("--no-compare", action="store_true", help="do not compare logits at the end; needs no transformers")
+    exported.set_defaults(run=_checkpoint_export)
+    imported = actions.add_parser(
+        "import", help="bring in a .pth of the published RAT+ code, running nothing pickled in it, or an exported folder"
+    )
+    imported.add_argument("source", metavar="SOURCE", help="FILE.pth, or a folder that export wrote")
     imported.add_argument("out", metavar="OUT", help="checkpoint folder to write")
     imported.add_argument("--tokenizer", help="tokenizer file or folder to store with it")
     imported.set_defaults(run=_checkpoint_import)
@@ -306,10 +316,24 @@ def _checkpoint_verify(arguments: argparse.Namespace) -> None:
     print(verify(arguments.path))
 
 
-def _checkpoint_import(arguments: argparse.Namespace) -> None:
-    from megarat.checkpoint.convert import import_upstream
+def _checkpoint_export(arguments: argparse.Namespace) -> None:
+    from megarat.checkpoint.export import export_checkpoint
 
-    print(import_upstream(arguments.source, arguments.out, arguments.tokenizer))
+    told = export_checkpoint(
+        arguments.path,
+        arguments.out,
+        dtype=arguments.dtype,
+        pattern=_pattern(arguments.pattern) if arguments.pattern else None,
+        tokenizer=arguments.tokenizer,
+        compare=not arguments.no_compare,
+    )
+    print(told)
+
+
+def _checkpoint_import(arguments: argparse.Namespace) -> None:
+    from megarat.checkpoint.convert import import_checkpoint
+
+    print(import_checkpoint(arguments.source, arguments.out, arguments.tokenizer))
 
 
 def _plan(arguments: argparse.Namespace) -> None:
