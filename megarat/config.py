@@ -139,7 +139,8 @@ class TrainConfig:
         "Matrix products of the layers in FP8 with one scale a tensor (needs an H100 or newer); weights, moments and the rest stay.",
     )
     deterministic: bool = setting(
-        False, "Only kernels whose results repeat bit for bit, also on a GPU: a resumed run then equals the uninterrupted one exactly."
+        False,
+        "Only kernels whose results repeat bit for bit, also on a GPU: a resumed run then equals the uninterrupted one exactly.",
     )
     wall_clock_minutes: float = setting(0.0, "Stop early (exit 75, with a checkpoint) after this time; 0 = no limit.")
     max_skipped: int = setting(3, "Consecutive non-finite pairs to skip before the run stops with an error.")
@@ -173,8 +174,8 @@ class ParallelConfig:
     zero: int = setting(1, "DeepSpeed ZeRO stage 1, 2 or 3.")
     recompute: Literal["off", "selective", "full"] = setting(
         "off",
-        "In the backward, `selective` computes norms and GELU once more (a quarter of the activations less for about 1 % of the time), "
-        "`full` whole layers: a third more arithmetic, one residual stream a layer kept.",
+        "In the backward, `selective` computes norms and GELU once more, a quarter of the activations; `full` whole layers: a third more "
+        "arithmetic, one residual stream and one branch a layer kept.",
     )
     sequence: bool = setting(
         False,

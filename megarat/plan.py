@@ -183,8 +183,8 @@ def activation_bytes(config: Config, shape: Shape) -> float:
     if config.parallel.recompute != "full":
         return one_layer * layers * in_flight
     return (
-        one_layer + 4.0 * model.hidden * _tokens(config, shape) * layers * in_flight
-    )  # each layer's fp32 input, and one layer anew
+        one_layer + 6.0 * model.hidden * _tokens(config, shape) * layers * in_flight
+    )  # what enters each layer: the fp32 residual and a branch to be added; and one layer anew
 
 
 def loss_bytes(config: Config, shape: Shape) -> float:

@@ -5,25 +5,41 @@ Shapes: B batch, T length, C model width, F channels inside the feed-forward net
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from megarat.ops import rms_norm
+from megarat.ops import add_rms_norm, rms_norm
 from megarat.parallel.tensor import ALONE, ColumnLinear, RowLinear, TensorParallel
 
 
-def computed_again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``function(*inputs)``, of which the backward keeps the inputs alone and computes the rest once more.
+@contextmanager
+def made_again(x: Tensor, make: Callable[[], Tensor], active: bool) -> Iterator[None]:
+    """Whatever keeps ``x`` for its backward here keeps nothing: the backward calls ``make`` for the same values, bit for bit.
 
-    It does so only as far as it needs to: what follows the last tensor that a gradient asks for is left out. Of an elementwise function
-    before a matrix product, the product is therefore not repeated.
+    For tensors that cost a read and a write to make, such as norms, of what is kept anyway. ``active=False`` changes nothing.
     """
-    result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return result
+    if not (active and torch.is_grad_enabled()):
+        yield
+        return
+    address, elements = x.data_ptr(), x.numel()
+
+    def leave_out(kept: Tensor) -> Tensor | torch.Size:
+        is_x = kept.data_ptr() == address and kept.numel() == elements and kept.is_contiguous()
+        return kept.shape if is_x else kept
+
+    def bring_back(kept: Tensor | torch.Size) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            return make().view(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(leave_out, bring_back):
+        yield
 
 
 class RMSNorm(nn.Module):
@@ -35,9 +51,18 @@ class RMSNorm(nn.Module):
         self.ranks = ranks
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        """Normalise the last axis of ``x_BTC`` (any float dtype)."""
-        return rms_norm(x_BTC, self.ranks.replicated(self.weight), self.eps, out_dtype=self.weight.dtype)
+    @overload
+    def forward(self, x_BTC: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, x_BTC: Tensor, branch_BTC: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, x_BTC: Tensor, branch_BTC: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalise the last axis of ``x_BTC`` (any float dtype); with a branch, that of ``x + branch``, returned as well (in x's dtype)."""
+        weight = self.ranks.replicated(self.weight)
+        if branch_BTC is None:
+            return rms_norm(x_BTC, weight, self.eps, out_dtype=self.weight.dtype)
+        return add_rms_norm(x_BTC, branch_BTC, weight, self.eps, out_dtype=self.weight.dtype)
 
 
 class FeedForward(nn.Module):
@@ -52,12 +77,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """(B, T, C) in the residual dtype -> (B, T, C) in the dtype of the matrices."""
-        if self.recompute and torch.is_grad_enabled():
-            return computed_again(self._lower, computed_again(self._raise, x_BTC))
-        return self._lower(self._raise(x_BTC))
+        return self.after_norm(self.norm(x_BTC), x_BTC)
 
-    def _raise(self, x_BTC: Tensor) -> Tensor:
-        return self.up(self.norm(x_BTC))
-
-    def _lower(self, x_BTF: Tensor) -> Tensor:
-        return self.down(functional.gelu(x_BTF))
+    def after_norm(self, normal_BTC: Tensor, x_BTC: Tensor) -> Tensor:
+        """The same, given also the norm of ``x_BTC``."""
+        with made_again(normal_BTC, lambda: self.norm(x_BTC), self.recompute):
+            raised_BTF = self.up(normal_BTC)
+        active_BTF = functional.gelu(raised_BTF)
+        with made_again(active_BTF, lambda: functional.gelu(raised_BTF), self.recompute):
+            return self.down(active_BTF)

@@ -44,13 +44,22 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTC: Tensor,
+        branch_BTC: Tensor | None,
         rotary: tuple[Tensor, Tensor],
         pattern: LayerPattern,
         document_ids_BT: Tensor | None = None,
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C) in the dtype of the residual stream."""
-        x_BTC = x_BTC + self.mixer(x_BTC, rotary, pattern, document_ids_BT)
-        return x_BTC + self.ffn(x_BTC)
+    ) -> tuple[Tensor, Tensor]:
+        """Residual stream (B, T, C) and a branch to be added to it -> the same behind this block, whose last addition is still to be made.
+
+        Each addition is left to the norm that follows it, which reads the sum anyway.
+        """
+        if branch_BTC is None:
+            normal_BTC = self.mixer.norm(x_BTC)
+        else:
+            normal_BTC, x_BTC = self.mixer.norm(x_BTC, branch_BTC)
+        branch_BTC = self.mixer.after_norm(normal_BTC, x_BTC, rotary, pattern, document_ids_BT)
+        normal_BTC, x_BTC = self.ffn.norm(x_BTC, branch_BTC)
+        return x_BTC, self.ffn.after_norm(normal_BTC, x_BTC)
 
 
 class RATPlusLM(nn.Module):
@@ -118,10 +127,15 @@ class RATPlusLM(nn.Module):
         length = x_BTC.shape[1] * (self.ranks.size if self.ranks.sequence else 1)
         rotary = self.rotary(self.context.rank * length + torch.arange(length, device=x_BTC.device))
         own_patterns = (patterns or self.dense)[self.stage.start : self.stage.stop]
+        branch_BTC = None
         for block, pattern in zip(self.blocks, own_patterns, strict=True):
             run = _recomputing(block) if self.recompute and torch.is_grad_enabled() else block
-            x_BTC = run(x_BTC, rotary, pattern, document_ids_BT)
-        return self.ranks.enter(self.norm(x_BTC)) if self.is_last else x_BTC
+            x_BTC, branch_BTC = run(x_BTC, branch_BTC, rotary, pattern, document_ids_BT)
+        assert branch_BTC is not None, "a stage without layers"
+        if not self.is_last:
+            return x_BTC + branch_BTC
+        normal_BTC, _ = self.norm(x_BTC, branch_BTC)
+        return self.ranks.enter(normal_BTC)
 
     def loss(self, hidden_BTC: Tensor, labels_BT: Tensor) -> Tensor:
         """Mean cross entropy of final hidden states, a scalar; of ranks that share sequences, such that their mean is that of all tokens."""
@@ -175,7 +189,7 @@ def _draw(piece: Piece, part: Tensor, seed: int, std: float) -> None:
     part.copy_(piece.of(torch.randn(piece.whole, generator=generator)) * std)
 
 
-def _recomputing(block: Block) -> Callable[..., Tensor]:
+def _recomputing(block: Block) -> Callable[..., tuple[Tensor, Tensor]]:
     """The layer, of which only the inputs are kept for the backward (there are no random numbers to draw again)."""
     return functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
 

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megarat.model.layers import RMSNorm, computed_again
+from megarat.model.layers import RMSNorm, made_again
 from megarat.model.pattern import LayerPattern
 from megarat.ops import ScanState, apply_rotary, dilated_attention, gated_scan
 from megarat.parallel.context import WHOLE, ContextParallel
@@ -74,22 +73,32 @@ class RATPlusMixer(nn.Module):
 
         Nothing crosses from one document into another where ``document_ids_BT`` (integers) differ.
         """
-        projections = self.project(x_BTC)
+        return self.after_norm(self.norm(x_BTC), x_BTC, rotary, pattern, document_ids_BT)
+
+    def after_norm(
+        self,
+        normal_BTC: Tensor,
+        x_BTC: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        pattern: LayerPattern,
+        document_ids_BT: Tensor | None = None,
+    ) -> Tensor:
+        """The same, given also the norm of ``x_BTC``."""
+        projections = self.split(normal_BTC, x_BTC)
         before = None if projections.g is None else self.context.state_before(projections.k, projections.v, projections.g)
         q, k, v, _ = self.recur(projections, rotary, before, document_ids_BT=document_ids_BT)
         return self.attend(projections.o, q, k, v, pattern, document_ids_BT)
 
     def project(self, x_BTC: Tensor) -> Projections:
         """Norm and the fused input projection, split into strided views of (B, T, H, K)."""
-        if self.recompute and torch.is_grad_enabled():
-            fused = computed_again(self._fused, x_BTC)
-        else:
-            fused = self._fused(x_BTC)
+        return self.split(self.norm(x_BTC), x_BTC)
+
+    def split(self, normal_BTC: Tensor, x_BTC: Tensor) -> Projections:
+        """The same, given also the norm of ``x_BTC``."""
+        with made_again(normal_BTC, lambda: self.norm(x_BTC), self.recompute):
+            fused = self.in_proj(normal_BTC)
         o, q, k, v, *gate = fused.unflatten(-1, (-1, self.heads, self.head_dim)).unbind(-3)
         return Projections(o, q, k, v, gate[0] if gate else None)
-
-    def _fused(self, x_BTC: Tensor) -> Tensor:
-        return self.in_proj(self.norm(x_BTC))
 
     def recur(
         self,
