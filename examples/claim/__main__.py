@@ -47,6 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("arm", help="train and measure one arm in this process")
     one.add_argument("arm", metavar="ARM")
     one.set_defaults(call=_one)
+    report = commands.add_parser("report", help="write tables and figures from the results")
+    report.add_argument(
+        "results", nargs="?", default=str(_HERE / "results"), help="folder of EXPERIMENT/ARM-SEED.json (%(default)s)"
+    )
+    report.add_argument("--readme", default=str(_HERE / "README.md"), help="Markdown file whose tables are filled (%(default)s)")
+    report.set_defaults(call=_report)
     for command in (run, one):
         command.add_argument("--config", default=str(_HERE / "small.yaml"), help="YAML of the size (%(default)s)")
         command.add_argument("--shards", help="data.shards")
@@ -98,6 +104,14 @@ def _one(options: argparse.Namespace) -> int:
 
     needles = arms.NeedleTuning(options.needles) if options.needles else None
     life.live(options.config, options.arm, options.out, _overrides(options), needles, options.keep)
+    return EXIT_OK
+
+
+def _report(options: argparse.Namespace) -> int:
+    from examples.claim import report
+
+    for path in report.write(options.results, options.readme):
+        print(path)
     return EXIT_OK
 
 

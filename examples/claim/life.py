@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from examples.claim import arms
 from megarat.config import Config
@@ -187,13 +187,16 @@ def gate_statistics(config: Config, run: Path) -> list[dict[str, Any]]:
 
 def gates(model: RATPlusLM, ids_BT: Tensor) -> list[Tensor]:
     """Every layer's gates of a dense forward, (B, T, C) fp32 each."""
-    x_BTC, rotary = model.embed(ids_BT), model.rotary(torch.arange(ids_BT.shape[1], device=ids_BT.device))
-    found = []
-    for block, pattern in zip(model.blocks, model.dense, strict=True):
-        logits_BTHK = block.mixer.project(x_BTC).g
-        assert logits_BTHK is not None
-        found.append(torch.sigmoid(logits_BTHK.float()).flatten(2))
-        x_BTC = block(x_BTC, rotary, pattern)
+    found: list[Tensor] = []
+
+    def see(module: nn.Module, inputs: Any, fused: Tensor) -> None:
+        """The gates' logits are the last of the five projections."""
+        found.append(torch.sigmoid(fused.chunk(5, dim=-1)[-1].float()))
+
+    hooks = [block.mixer.in_proj.register_forward_hook(see) for block in model.blocks]
+    model.hidden(ids_BT)
+    for hook in hooks:
+        hook.remove()
     return found
 
 

@@ -1,0 +1,407 @@
+"""Tables and figures of the experiment, made from the arms' JSON files alone.
+
+A folder of results holds one folder an experiment (a size and a number of tokens) with one file an arm and seed. The tables are written
+between the marks ``<!-- NAME -->`` and ``<!-- / -->`` of a Markdown file, the figures beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from examples.claim import arms
+from megarat.errors import UserError
+
+Record = dict[str, Any]
+
+# The published code at this size, on a corpus of the same kinds (nats, held-out, one seed): arm -> reading -> loss.
+ANCHOR: dict[str, dict[str, float]] = {
+    "ratplus": {"dense": 3.255, "D=4": 3.389, "D=16": 3.461, "D=64": 3.500, arms.WINDOWED: 3.275, arms.SINKS: 3.279},
+    "attention-pair": {"dense": 3.600, "D=4": 4.634, "D=16": 4.711, "D=64": 4.867, arms.WINDOWED: 3.632, arms.SINKS: 3.637},
+    "attention-once": {"dense": 3.402, "D=4": 5.693, "D=16": 6.233, "D=64": 6.432, arms.WINDOWED: 3.456, arms.SINKS: 3.463},
+}
+ANCHOR_ADAPTED: dict[str, dict[str, float]] = {
+    "ratplus": {"D=16": 3.463, "D=64": 3.505, "dense": 3.258},
+    "attention-pair": {"D=16": 4.702, "D=64": 4.877, "dense": 3.600},
+    "attention-once": {"D=16": 4.960, "D=64": 5.199, "dense": 3.411},
+}
+
+
+class Experiment(NamedTuple):
+    """One folder of results."""
+
+    name: str
+    records: list[Record]
+
+    def of(self, arm: str) -> list[Record]:
+        """The arm's seeds."""
+        return [record for record in self.records if record["arm"] == arm and "scores" in record]
+
+    @property
+    def present(self) -> list[str]:
+        """The arms that were scored, in their usual order."""
+        return [arm for arm in arms.ARMS if self.of(arm)]
+
+
+class Spread(NamedTuple):
+    """A mean over seeds, and half the distance between the smallest and the largest."""
+
+    mean: float
+    half_range: float
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Of at least one value."""
+        values = list(values)
+        return cls(sum(values) / len(values), (max(values) - min(values)) / 2, len(values))
+
+    def text(self, sign: str = "") -> str:
+        """``3.255`` of one seed, ``3.255 ± 0.004`` of several."""
+        return f"{self.mean:{sign}.3f}" + (f" ± {self.half_range:.3f}" if self.seeds > 1 else "")
+
+
+def read_results(folder: str | Path) -> list[Experiment]:
+    """All experiments of a folder, by name. Raises ``UserError`` when there is none."""
+    found: dict[str, list[Record]] = {}
+    for path in sorted(Path(folder).glob("*/*.json")):
+        found.setdefault(path.parent.name, []).append(json.loads(path.read_text(encoding="utf-8")))
+    if not found:
+        raise UserError(f"{folder}: holds no EXPERIMENT/ARM-SEED.json")
+    return [Experiment(name, records) for name, records in found.items()]
+
+
+def loss(record: Record, reading: str) -> float | None:
+    """Held-out loss of the pretrained weights (nats)."""
+    return _find(record["scores"], reading)
+
+
+def adapted_loss(record: Record, reading: str, share: float = arms.LONG) -> float | None:
+    """Held-out loss after the adaptation to a reading."""
+    batches = max(1, round(share * record["config"]["train"]["pairs"]))
+    kept = [row["score"] for row in record.get("adaptations", []) if row["batches"] == batches]
+    return _find(kept, reading)
+
+
+def _find(rows: Sequence[Record], reading: str) -> float | None:
+    """The loss of the row of a reading, as ``megarat eval`` names it (it writes W and I out)."""
+    for row in rows:
+        if _plain(row["pattern"]) == _plain(reading):
+            return float(row["loss"])
+    return None
+
+
+def _plain(reading: str) -> str:
+    return reading.replace(" ", "").replace(",W=0,I=0", "")
+
+
+def gap(record: Record, reading: str) -> float | None:
+    """Loss under a reading minus dense loss, both of the pretrained weights."""
+    sparse, dense = loss(record, reading), loss(record, "dense")
+    return None if sparse is None or dense is None else sparse - dense
+
+
+def adapted_gap(record: Record, reading: str) -> float | None:
+    """Loss after the adaptation to a reading minus the dense loss of the pretrained weights."""
+    sparse, dense = adapted_loss(record, reading), loss(record, "dense")
+    return None if sparse is None or dense is None else sparse - dense
+
+
+def spread(records: Sequence[Record], of: Callable[[Record], float | None]) -> Spread | None:
+    """A figure over the seeds that have it."""
+    values = [value for record in records if (value := of(record)) is not None]
+    return Spread.of(values) if values else None
+
+
+def _cell(records: Sequence[Record], of: Callable[[Record], float | None], sign: str = "") -> str:
+    found = spread(records, of)
+    return "-" if found is None else found.text(sign)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+# --- the tables ---------------------------------------------------------------------------------------------------------------
+
+
+def runs_table(experiment: Experiment) -> str:
+    """What was run: a line an arm and seed."""
+    head = ("arm", "seed", "parameters", "updates", "tokens", "seconds", "tokens/s", "GPU", "torch", "commit")
+    return _table(head, (_run_row(record) for arm in experiment.present for record in experiment.of(arm)))
+
+
+def _run_row(record: Record) -> list[str]:
+    pretraining, environment = record["pretraining"], record["environment"]
+    updates = pretraining["pairs"] * (1 if record["config"]["attention"]["train_dilation"] == 1 else 2)
+    return [
+        arms.TITLES[record["arm"]],
+        str(record["seed"]),
+        f"{record['parameters'] / 1e6:.1f} M",
+        f"{updates:,}",
+        f"{pretraining['tokens'] / 1e6:.1f} M",
+        f"{pretraining['seconds']:.0f}",
+        f"{pretraining['median_tokens_per_s']:,.0f}",
+        ", ".join(environment["gpus"]) or "CPU",
+        str(environment["packages"]["torch"]),
+        str(environment["commit"])[:7],
+    ]
+
+
+def losses_table(experiment: Experiment) -> str:
+    """Held-out loss before adaptation: a line an arm, a column a reading."""
+    rows = (
+        [arms.TITLES[arm], *(_cell(experiment.of(arm), _loss_of(reading)) for reading in arms.READINGS)]
+        for arm in experiment.present
+    )
+    return _table(("held-out loss, nats", *arms.READINGS), rows)
+
+
+def _loss_of(reading: str) -> Callable[[Record], float | None]:
+    return lambda record: loss(record, reading)
+
+
+def adapted_table(experiment: Experiment) -> str:
+    """Held-out loss after the adaptation to the column's reading."""
+    rows = (
+        [arms.TITLES[arm], *(_cell(experiment.of(arm), _adapted_of(reading, arms.LONG)) for reading in arms.READINGS)]
+        for arm in experiment.present
+    )
+    return _table(("held-out loss after adaptation, nats", *arms.READINGS), rows)
+
+
+def _adapted_of(reading: str, share: float) -> Callable[[Record], float | None]:
+    return lambda record: adapted_loss(record, reading, share)
+
+
+def gaps_table(experiment: Experiment) -> str:
+    """Sparse minus dense, before and after adaptation."""
+    readings = ("D=16", "D=64", arms.WINDOWED, arms.SINKS)
+    head = ("loss minus dense loss, nats", *(f"{reading}{when}" for reading in readings for when in ("", ", adapted")))
+    rows = (
+        [
+            arms.TITLES[arm],
+            *(_cell(experiment.of(arm), of, "+") for reading in readings for of in (_gap_of(reading), _adapted_gap_of(reading))),
+        ]
+        for arm in experiment.present
+    )
+    return _table(head, rows)
+
+
+def _gap_of(reading: str) -> Callable[[Record], float | None]:
+    return lambda record: gap(record, reading)
+
+
+def _adapted_gap_of(reading: str) -> Callable[[Record], float | None]:
+    return lambda record: adapted_gap(record, reading)
+
+
+def adaptation_table(experiment: Experiment) -> str:
+    """What adaptation buys: loss before, after about 1 % and after about 4 % of the pretraining's batches."""
+    head = (
+        "held-out loss, nats",
+        *(f"{reading}{when}" for reading in ("D=16", "D=64") for when in (" before", " after 1 %", " after 4 %")),
+    )
+    rows = (
+        [
+            arms.TITLES[arm],
+            *(
+                _cell(experiment.of(arm), of)
+                for reading in ("D=16", "D=64")
+                for of in (_loss_of(reading), _adapted_of(reading, arms.SHORT), _adapted_of(reading, arms.LONG))
+            ),
+        ]
+        for arm in experiment.present
+    )
+    return _table(head, rows)
+
+
+def anchor_table(experiment: Experiment) -> str:
+    """Gaps of the published code and ours, and how far they are apart."""
+    rows = []
+    for arm, published in ANCHOR.items():
+        for reading in arms.READINGS[1:]:
+            rows.append(_anchor_row(experiment, arm, reading, published[reading] - published["dense"], _gap_of(reading), ""))
+        for reading in ("D=16", "D=64"):
+            theirs = ANCHOR_ADAPTED[arm][reading] - published["dense"]
+            rows.append(_anchor_row(experiment, arm, reading, theirs, _adapted_gap_of(reading), ", adapted"))
+    return _table(("arm", "reading", "gap, published code", "gap, megarat", "difference"), rows)
+
+
+def _anchor_row(
+    experiment: Experiment, arm: str, reading: str, theirs: float, of: Callable[[Record], float | None], when: str
+) -> list[str]:
+    ours = spread(experiment.of(arm), of)
+    measured = ["-", "-"] if ours is None else [ours.text("+"), f"{ours.mean - theirs:+.3f}"]
+    return [arms.TITLES[arm], f"{reading}{when}", f"{theirs:+.3f}", *measured]
+
+
+def topk_table(experiment: Experiment) -> str:
+    """Held-out loss when every query reads a few blocks of 64 keys."""
+    rows = (
+        [arms.TITLES[arm], *(_cell(experiment.of(arm), _topk_of(reading)) for reading in arms.TOPK)] for arm in experiment.present
+    )
+    return _table(("held-out loss, nats", *(f"K = {_blocks(reading)}" for reading in arms.TOPK)), rows)
+
+
+def _topk_of(reading: str) -> Callable[[Record], float | None]:
+    return lambda record: _find(record.get("topk", []), reading)
+
+
+def _blocks(reading: str) -> str:
+    found = re.search(r"blocks=(\d+)", reading)
+    return found[1] if found else "-"
+
+
+def needles_table(experiment: Experiment) -> str:
+    """Needles found, percent: a line an arm and reading, a column a task."""
+    tasks = arms.NEEDLE_TASKS.split(",")
+    rows = []
+    for arm in experiment.present:
+        for trained, reading in _needle_readings(experiment.of(arm)):
+            cells = (_needle_cell(experiment.of(arm), trained, reading, task) for task in tasks)
+            rows.append([arms.TITLES[arm], trained, reading, *cells])
+    return _table(("arm", "fine-tuned under", "read under", *tasks), rows)
+
+
+def _needle_readings(records: Sequence[Record]) -> list[tuple[str, str]]:
+    found = (
+        (tuning["trained"], row["pattern"])
+        for record in records
+        for tuning in record.get("needles", [])
+        for row in tuning["scores"]
+    )
+    return list(dict.fromkeys(found))
+
+
+def _needle_cell(records: Sequence[Record], trained: str, reading: str, task: str) -> str:
+    values = [
+        100 * row["ruler"]
+        for record in records
+        for tuning in record.get("needles", [])
+        for row in tuning["scores"]
+        if (tuning["trained"], row["pattern"], row["task"]) == (trained, reading, task)
+    ]
+    return f"{sum(values) / len(values):.0f}" if values else "-"
+
+
+TABLES: dict[str, Callable[[Experiment], str]] = {
+    "runs": runs_table,
+    "losses": losses_table,
+    "adapted": adapted_table,
+    "gaps": gaps_table,
+    "adaptation": adaptation_table,
+    "anchor": anchor_table,
+    "topk": topk_table,
+    "needles": needles_table,
+}
+
+
+def fill(text: str, experiments: Sequence[Experiment]) -> str:
+    """The text with every table between its marks (``<!-- runs anchor -->``: table, experiment) written anew. Raises ``UserError``."""
+    by_name = {experiment.name: experiment for experiment in experiments}
+
+    def made(match: re.Match[str]) -> str:
+        table, name = match[1], match[2]
+        if table not in TABLES or name not in by_name:
+            raise UserError(f"mark '{match[1]} {match[2]}': tables are {', '.join(TABLES)}, experiments {', '.join(by_name)}")
+        return f"<!-- {table} {name} -->\n{TABLES[table](by_name[name])}\n<!-- / -->"
+
+    return re.sub(r"<!-- (\w+) ([\w-]+) -->\n.*?<!-- / -->", made, text, flags=re.DOTALL)
+
+
+# --- the figures --------------------------------------------------------------------------------------------------------------
+
+
+def draw(experiment: Experiment, folder: Path) -> list[Path]:
+    """Loss curves, perplexity against cache bytes, and effective memory by layer, as PNG files named after the experiment."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    figures = {"loss": _draw_losses, "perplexity": _draw_perplexity, "memory": _draw_memory}
+    return [_save(experiment, make, folder / f"{experiment.name}-{name}.png") for name, make in figures.items()]
+
+
+def _save(experiment: Experiment, make: Callable[[Experiment, Any], None], path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.5, 4.6))
+    make(experiment, axis)
+    axis.grid(color="0.9", linewidth=0.8)
+    axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _draw_losses(experiment: Experiment, axis: Any) -> None:
+    for color, arm in enumerate(experiment.present):
+        curve = experiment.of(arm)[0]["pretraining"]["curve"]
+        tokens = [point["tokens"] / 1e6 for point in curve]
+        axis.plot(tokens, [point["loss_dense"] for point in curve], color=f"C{color}", label=arms.TITLES[arm])
+        if experiment.of(arm)[0]["config"]["attention"]["train_dilation"] == 64:
+            axis.plot(
+                tokens, [point["loss_sparse"] for point in curve], color=f"C{color}", linestyle=":", label="its sparse pass, D=64"
+            )
+    highest = max(
+        record["pretraining"]["curve"][len(record["pretraining"]["curve"]) // 10]["loss_dense"]
+        for record in experiment.records
+        if "pretraining" in record
+    )
+    axis.set(xlabel="million tokens", ylabel="training loss, nats", ylim=(None, highest))
+
+
+def _draw_perplexity(experiment: Experiment, axis: Any) -> None:
+    for color, arm in enumerate(experiment.present):
+        record = experiment.of(arm)[0]
+        for rows, style, label in (
+            (record["scores"], {"marker": "o", "linestyle": "-", "alpha": 0.45}, "before adaptation"),
+            (
+                [
+                    row["score"]
+                    for row in record.get("adaptations", [])
+                    if row["batches"] > 1.5 * arms.SHORT * record["config"]["train"]["pairs"]
+                ],
+                {"marker": "s", "linestyle": "--"},
+                "adapted",
+            ),
+        ):
+            dilated = sorted(
+                (row for row in rows if ",W=256" not in row["pattern"]), key=lambda row: row["cache_bytes_per_sequence"]
+            )
+            axis.plot(
+                [row["cache_bytes_per_sequence"] / 2**20 for row in dilated],
+                [math.exp(row["loss"]) for row in dilated],
+                color=f"C{color}",
+                label=f"{arms.TITLES[arm]}, {label}",
+                **style,
+            )
+    axis.set(
+        xscale="log", yscale="log", xlabel="KV cache of a sequence, MiB (D = 64, 16, 4, dense)", ylabel="held-out perplexity"
+    )
+
+
+def _draw_memory(experiment: Experiment, axis: Any) -> None:
+    for color, arm in enumerate(arm for arm in experiment.present if "gates" in experiment.of(arm)[0]):
+        layers = experiment.of(arm)[0]["gates"]
+        numbers = range(1, len(layers) + 1)
+        for key, style in (("mean", "-"), ("q95", ":")):
+            label = f"{arms.TITLES[arm]}, {'mean' if key == 'mean' else '95th percentile'} of channels"
+            axis.plot(numbers, [layer["memory"][key] for layer in layers], style, color=f"C{color}", marker="o", label=label)
+    axis.set(yscale="log", xlabel="layer", ylabel="effective memory, tokens")
+
+
+def write(folder: str | Path, readme: str | Path) -> list[Path]:
+    """Fill the tables of ``readme`` and draw the figures of every experiment beside it, in ``figures/``; returns what was written."""
+    experiments = read_results(folder)
+    readme = Path(readme)
+    figures = readme.parent / "figures"
+    figures.mkdir(exist_ok=True)
+    readme.write_text(fill(readme.read_text(encoding="utf-8"), experiments), encoding="utf-8")
+    return [readme, *(path for experiment in experiments for path in draw(experiment, figures))]
