@@ -126,11 +126,13 @@ def _add_generate(verbs: Any) -> None:
     parser = verbs.add_parser("generate", help="continue a prompt from the sparse cache")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint or run folder")
     parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--pattern", help=f"{_PATTERN_HELP} (default: the checkpoint's own)")
+    parser.add_argument("--pattern", help=f"{_PATTERN_HELP}, or one with ' + topk …' as in eval (default: the checkpoint's own)")
     parser.add_argument("--max-new-tokens", type=_positive, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    parser.add_argument("--stop-id", action="append", type=int, default=[], metavar="ID", help="end at this token; repeatable")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", help="tokenizer file or folder (default: the one stored with the checkpoint)")
     _add_device(parser)
@@ -275,13 +277,14 @@ def _generate(arguments: argparse.Namespace) -> None:
     from megarat.infer.text import print_continuation
 
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.repetition_penalty, arguments.seed)
-    pattern = _pattern(arguments.pattern) if arguments.pattern else None
     print_continuation(
         arguments.checkpoint,
         arguments.prompt,
-        pattern=pattern,
+        pattern=_reading(arguments.pattern) if arguments.pattern else None,
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
+        stop_ids=arguments.stop_id,
+        stops=arguments.stop,
         tokenizer=arguments.tokenizer,
         device=arguments.device,
         precision=arguments.precision,

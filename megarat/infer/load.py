@@ -12,8 +12,9 @@ import megarat.checkpoint.load as checkpoints
 from megarat.config import ModelConfig
 from megarat.errors import UserError
 from megarat.infer.cache import cache_bytes
+from megarat.infer.forward import hidden
 from megarat.infer.generate import generate
-from megarat.infer.reading import Reading, ReadingSpec, read_as
+from megarat.infer.reading import AnySpec, Reading, read_as
 from megarat.infer.sampling import GREEDY, Sampling
 from megarat.model import names
 from megarat.model.lm import RATPlusLM
@@ -40,16 +41,12 @@ class LoadedModel(nn.Module):
         """Where the weights are."""
         return self.lm.embedding.weight.device
 
-    def resolve(self, pattern: PatternSpec | None) -> Patterns:
-        """This model's layers and heads under ``pattern``; None is the pattern given at load."""
-        return self.patterns if pattern is None else resolve(pattern, self.config.layers, self.config.heads)
-
-    def reading(self, spec: PatternSpec | ReadingSpec | Reading | None) -> Reading:
+    def reading(self, spec: AnySpec | None) -> Reading:
         """A pattern, perhaps with top-k blocks (``D=16 + topk blocks=16``), for this model; None is the pattern given at load.
 
         Warns where an adaptation trained the model for another pattern.
         """
-        reading = Reading(self.patterns) if spec is None else read_as(spec, self.config)
+        reading = self._read(spec)
         if self.adapted_to is not None and reading.patterns != self.adapted_to:
             warnings.warn(
                 f"{self.checkpoint} was adapted to {describe(self.adapted_to)}, but is read as {reading}",
@@ -58,15 +55,18 @@ class LoadedModel(nn.Module):
             )
         return reading
 
-    def forward(self, ids_BT: Tensor, pattern: PatternSpec | None = None) -> Tensor:
+    def forward(self, ids_BT: Tensor, pattern: AnySpec | None = None) -> Tensor:
         """Logits (B, T, V), fp32, on the model's device, of token ids (B, T), int64, on any."""
-        return self.lm(self._checked(ids_BT), self.resolve(pattern))
+        reading = self._read(pattern)
+        if reading.topk is None:
+            return self.lm(self._checked(ids_BT), reading.patterns)
+        return self.lm.logits(hidden(self.lm, self._checked(ids_BT), reading))
 
     def generate(
         self,
         ids: Tensor,
         max_new_tokens: int,
-        pattern: PatternSpec | None = None,
+        pattern: AnySpec | None = None,
         *,
         attention_mask: Tensor | None = None,
         sampling: Sampling = GREEDY,
@@ -80,15 +80,18 @@ class LoadedModel(nn.Module):
             self.lm,
             self._checked(ids),
             max_new_tokens,
-            self.resolve(pattern),
+            self._read(pattern),
             attention_mask_BT=None if attention_mask is None else attention_mask.to(self.device),
             sampling=sampling,
             stop_id=stop_id,
         )
 
-    def cache_bytes(self, length: int, pattern: PatternSpec | None = None) -> int:
+    def cache_bytes(self, length: int, pattern: AnySpec | None = None) -> int:
         """Bytes of cache one sequence of ``length`` tokens takes, in the dtype of the weights."""
-        return cache_bytes(self.config, self.resolve(pattern), length, self.lm.embedding.weight.dtype)
+        return cache_bytes(self.config, self._read(pattern), length, self.lm.embedding.weight.dtype)
+
+    def _read(self, spec: AnySpec | None) -> Reading:
+        return Reading(self.patterns) if spec is None else read_as(spec, self.config)
 
     def _checked(self, ids_BT: Tensor) -> Tensor:
         if ids_BT.dim() != 2 or ids_BT.dtype not in (torch.int64, torch.int32):
@@ -145,7 +148,7 @@ def fill_model(lm: RATPlusLM, weights: dict[str, Tensor], source: str) -> None:
         raise UserError(f"{source}: tensors the model has no place for: {', '.join(sorted(remaining)[:5])}")
 
 
-def describe_model(model: LoadedModel) -> str:
-    """One line for a terminal: shape and pattern."""
+def describe_shape(model: LoadedModel) -> str:
+    """The shape of a model in a few words."""
     shape = model.config
-    return f"{shape.layers} layers x {shape.hidden}, {shape.heads} heads of {shape.head_dim}, pattern {describe(model.patterns)}"
+    return f"{shape.layers} layers x {shape.hidden}, {shape.heads} heads of {shape.head_dim}"

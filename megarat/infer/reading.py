@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple, Union, cast
 
 from megarat.config import ModelConfig
 from megarat.errors import UserError
@@ -39,7 +39,10 @@ class Reading(NamedTuple):
         return describe(self.patterns) + (f" + {self.topk}" if self.topk else "")
 
 
-def read_as(spec: PatternSpec | ReadingSpec | Reading, config: ModelConfig) -> Reading:
+AnySpec = Union[PatternSpec, ReadingSpec, Reading]
+
+
+def read_as(spec: AnySpec, config: ModelConfig) -> Reading:
     """The reading a user meant, for a model of this shape: ``D=16``, or ``D=16 + topk blocks=16,size=64,score=max``. Raises ``UserError``."""
     if isinstance(spec, Reading):
         return spec

@@ -4,81 +4,83 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
 import torch
-from torch import Tensor
 
 from megarat.checkpoint import load as checkpoints
 from megarat.data.tokenizer import Tokenizer, load_tokenizer
 from megarat.errors import UserError
-from megarat.infer.generate import generate
-from megarat.infer.load import LoadedModel, describe_model, load
+from megarat.infer.cache import cache_bytes
+from megarat.infer.engine import Engine, Request
+from megarat.infer.load import LoadedModel, describe_shape, load
+from megarat.infer.reading import Reading, ReadingSpec
 from megarat.infer.sampling import Sampling
-from megarat.model.pattern import PatternSpec
 
 
 def print_continuation(
     checkpoint: str | Path,
     prompt: str,
     *,
-    pattern: PatternSpec | None,
+    pattern: ReadingSpec | None,
     max_new_tokens: int,
     sampling: Sampling,
+    stop_ids: Sequence[int] = (),
+    stops: Sequence[str] = (),
     tokenizer: str | Path | None = None,
     device: str | None = None,
     precision: str | None = None,
 ) -> None:
     """Stream the continuation of ``prompt`` to stdout; model, speed and cache size go to stderr."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[precision]
-    model = load(checkpoint, pattern, device, dtype)
-    model.reading(pattern)  # warns where the checkpoint was adapted to another one
+    model = load(checkpoint, None, device, dtype)
+    reading = model.reading(pattern)  # warns where the checkpoint was adapted to another one
     text = find_tokenizer(model, tokenizer)
-    prompt_length = len(encode_prompt(model, text, prompt))
-    length = prompt_length + max_new_tokens
-    print(f"{describe_model(model)}; cache for {length} tokens: {model.cache_bytes(length) / 2**20:.2f} MiB", file=sys.stderr)
+    length = len(encode_prompt(model, text, prompt)) + max_new_tokens
+    size = cache_bytes(model.config, reading, length, model.lm.embedding.weight.dtype)
+    print(f"{describe_shape(model)}, pattern {reading}; cache for {length} tokens: {size / 2**20:.2f} MiB", file=sys.stderr)
     print(prompt, end="", flush=True)
     start = time.perf_counter()
-    tokens = continue_text(model, text, prompt, max_new_tokens, sampling, sys.stdout)
+    tokens = continue_text(
+        model, text, prompt, max_new_tokens, sampling, sys.stdout, reading=reading, stop_ids=stop_ids, stops=stops
+    )
     seconds = time.perf_counter() - start
     print()
     print(f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s)", file=sys.stderr)
 
 
 def continue_text(
-    model: LoadedModel, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling, out: TextIO | None = None
+    model: LoadedModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    out: TextIO | None = None,
+    *,
+    reading: Reading | None = None,
+    stop_ids: Sequence[int] = (),
+    stops: Sequence[str] = (),
 ) -> int:
-    """Write the continuation of ``prompt`` to ``out`` as it grows; returns the number of new tokens."""
+    """Write the continuation of ``prompt`` to ``out`` as it grows; returns the number of new tokens, the one that stopped it left out.
+
+    It ends at EOS, at one of ``stop_ids`` or before one of ``stops``. ``reading`` None is the pattern given at load.
+    """
     prompt_ids = encode_prompt(model, tokenizer, prompt)
-    ids: list[int] = []
-    shown = tokenizer.decode(prompt_ids)
-
-    def show(text: str) -> None:
-        nonlocal shown
-        if out is not None:
-            print(text.removeprefix(shown), end="", flush=True, file=out)
-        shown = text
-
-    def stream(next_B: Tensor) -> None:
-        ids.append(int(next_B[0]))
-        text = tokenizer.decode([*prompt_ids, *ids])
-        if not text.endswith("�"):  # half of a multi-byte character: wait for the rest
-            show(text)
-
-    prompt_BT = torch.tensor([prompt_ids], device=model.device)
-    generate(
-        model.lm,
-        prompt_BT,
-        max_new_tokens,
-        model.patterns,
-        sampling=sampling,
-        stop_id=tokenizer.eos_id,
-        vocabulary=tokenizer.vocab_size,
-        on_token=stream,
-    )
-    show(tokenizer.decode([*prompt_ids, *ids]))  # what was still waited for
-    return len(ids)
+    for stop_id in stop_ids:
+        if not 0 <= stop_id < model.config.vocab:
+            raise UserError(f"--stop-id: {stop_id} is no token; the model has 0 to {model.config.vocab - 1}")
+    request = Request(prompt_ids, max_new_tokens, sampling, (tokenizer.eos_id, *stop_ids), tuple(filter(None, stops)))
+    engine = Engine(model.lm, reading or Reading(model.patterns), tokenizer, rows=1, capacity=len(prompt_ids) + max_new_tokens)
+    generation = engine.submit(request)
+    shown = 0
+    while engine.busy:
+        engine.step()
+        if out is not None and len(generation.text) > shown:
+            print(generation.text[shown:], end="", flush=True, file=out)
+            shown = len(generation.text)
+    return len(generation.ids)
 
 
 def encode_prompt(model: LoadedModel, tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -66,6 +66,23 @@ def test_generation_follows_the_logits(imported, golden):
     assert torch.equal(generated, ids[:, 20:])
 
 
+def test_a_reading_with_topk_may_be_given_at_any_call(imported, golden):
+    model = megarat.load(imported, pattern="D=16", device="cpu")
+    ids = torch.from_numpy(golden["ids"][:, :40]).long()
+    reading = "D=-1 + topk blocks=2,size=8"
+    own, first_block = (
+        model(ids, reading),
+        "D=-1,I=8",
+    )  # within the first 16 tokens both see block 0 and themselves, top-k its block too
+    assert not torch.allclose(own, model(ids)) and torch.allclose(own[:, :8], model(ids, "dense")[:, :8], atol=1e-5)
+    assert torch.allclose(own[:, 8], model(ids, first_block)[:, 8], atol=1e-5)
+    generated = model.generate(ids, 6, reading)
+    for _ in range(6):
+        ids = torch.cat([ids, model(ids, reading)[:, -1:].argmax(dim=-1)], dim=1)
+    assert torch.equal(generated, ids[:, 40:])
+    assert model.cache_bytes(64, reading) == model.cache_bytes(64, "dense")
+
+
 def test_cache_bytes_follow_pattern_and_dtype(imported):
     model = megarat.load(imported, pattern="D=16,I=4", device="cpu", dtype=torch.float32)
     state = 2 * 8 * 256  # two layers of width 256

@@ -8,7 +8,7 @@ import torch
 
 from megarat.config import ModelConfig
 from megarat.errors import UserError
-from megarat.infer import text
+from megarat.infer import decoder
 from megarat.infer.load import LoadedModel
 from megarat.infer.sampling import GREEDY
 from megarat.infer.text import continue_text, encode_prompt, find_tokenizer
@@ -48,25 +48,37 @@ class Screen(io.StringIO):
 
 def test_characters_of_several_tokens_appear_whole(monkeypatch):
     """The model's part is played by a script, so that the bytes of the text are known."""
-    script = "é€😀a".encode()
-
-    def generate(*_, on_token, **__):
-        for token in script:
-            on_token(torch.tensor([token]))
-
-    monkeypatch.setattr(text, "generate", generate)
+    script = iter("é€😀a".encode())
+    drawn = lambda self, logits, draws, ids_B, greedy: ids_B.fill_(next(script, 0))  # noqa: E731
+    monkeypatch.setattr(decoder.Decoder, "_draw", drawn)
     screen = Screen()
-    assert continue_text(model(), Bytes(), "ü:", len(script), GREEDY, screen) == len(script)
+    assert continue_text(model(), Bytes(), "ü:", 20, GREEDY, screen) == len("é€😀a".encode())
     assert screen.writes == ["é", "€", "😀", "a"]
 
 
+def free_run(prompt: bytes, tokens: int) -> list[int]:
+    return model().generate(torch.tensor([list(prompt)]), tokens)[0].tolist()
+
+
 def test_the_tokens_are_those_of_generate():
-    loaded, prompt = model(), "abc"
-    ids = loaded.generate(torch.tensor([list(b"abc")]), 12, stop_id=Bytes.eos_id)[0].tolist()
+    ids = free_run(b"abc", 12)
     screen = Screen()
-    assert continue_text(loaded, Bytes(), prompt, 12, GREEDY, screen) == len(ids)
-    assert Bytes().decode([*b"abc", *ids]).startswith("abc" + screen.getvalue())
-    assert screen.getvalue()
+    assert Bytes.eos_id not in ids and continue_text(model(), Bytes(), "abc", 12, GREEDY, screen) == 12
+    assert screen.getvalue() == Bytes().decode([*b"abc", *ids]).removeprefix("abc")
+    assert len(screen.writes) > 1  # as it grows
+
+
+def test_any_of_several_stops_ends_the_text_before_it():
+    ids = free_run(b"abc", 12)
+    screen = Screen()
+    assert continue_text(model(), Bytes(), "abc", 12, GREEDY, screen, stop_ids=(255, ids[5])) == ids.index(ids[5])
+    text = Bytes().decode([*b"abc", *ids]).removeprefix("abc")
+    stop = next(text[n : n + 2] for n in range(4, 10) if "\ufffd" not in text[n : n + 2])
+    screen = Screen()
+    continue_text(model(), Bytes(), "abc", 12, GREEDY, screen, stops=("never", stop))
+    assert screen.getvalue() == text[: text.index(stop)]
+    with pytest.raises(UserError, match="--stop-id: 256 is no token; the model has 0 to 255"):
+        continue_text(model(), Bytes(), "abc", 12, GREEDY, stop_ids=(256,))
 
 
 def test_ids_without_a_tokenizer_entry_are_never_drawn():
