@@ -300,7 +300,7 @@ _USAGE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(PATH)
+tokenizer = AutoTokenizer.from_pretrained(PATH, trust_remote_code=True)
 model.set_pattern("D=16,W=256,I=4")  # or "dense", or a list with one pattern a layer (or a list of one a head)
 prompt = tokenizer(["Once upon a time"], return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**prompt, max_new_tokens=50)))
@@ -332,8 +332,8 @@ def _card(
         f"# {name}",
         "",
         f"A {kind} language model ([arXiv 2602.18196](https://arxiv.org/abs/2602.18196)): {model.layers} layers x {model.hidden}, {model.heads} heads,"
-        f" vocabulary {model.vocab}, {parameters:,} parameters, {dtype}. Read by the pattern `{pattern}` unless told otherwise. After {state.tokens:,}"
-        f" tokens of training in sequences of {state.config.data.sequence_length}. Written by megarat {megarat.__version__}.",
+        f" vocabulary {model.vocab}, {parameters:,} parameters, {dtype}. Read by the pattern `{pattern}` unless told otherwise."
+        f" {_history(state)} Written by megarat {megarat.__version__}.",
         "",
         _USAGE,
         "",
@@ -343,6 +343,15 @@ def _card(
         *_card_of_tokenizer(told),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _history(state: CheckpointState) -> str:
+    length = state.config.data.sequence_length
+    if state.kind == "import":
+        return f"Imported from weights of step {state.pair}."
+    if state.kind == "adapt":
+        return f"Adapted to the pattern {state.pattern} with {state.tokens:,} tokens in sequences of {length}."
+    return f"Pretrained with {state.tokens:,} tokens in sequences of {length}."
 
 
 def _card_of_agreement(agreements: list[Agreement]) -> list[str]:

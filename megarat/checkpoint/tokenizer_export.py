@@ -86,6 +86,7 @@ def export_tokenizer(source: Path, target: Path, max_length: int) -> tuple[Token
         "pad_token": eos,
         "padding_side": "left",
         "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # "</s>" in a text is text
     }
