@@ -20,7 +20,7 @@ _LAUNCHERS = (("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpirun"), ("SLUR
 
 
 class Interrupted(Exception):
-    """The build was asked to stop (Ctrl-C, SIGTERM); what is finished stays."""
+    """The build was asked to stop (Ctrl-C, SIGTERM, SIGUSR1); what is finished stays."""
 
 
 class _StoppedByAnother(Exception):
@@ -91,8 +91,8 @@ class Team:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Turns SIGINT and SIGTERM into a wish that `check` sees; a second signal has its usual effect."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Turns SIGINT, SIGTERM and SIGUSR1 (of Slurm, before a time limit) into a wish that `check` sees; a second has its usual effect."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
         def note(number: int, frame: object) -> None:
             self._signalled = True
