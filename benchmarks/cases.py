@@ -15,16 +15,20 @@ import torch.nn.functional as F
 from megarat.ops import (
     ScanState,
     add_rms_norm,
+    apply_rotary,
     cache_slots,
     decode_step,
     dilated_attention,
     gated_scan,
     linear_cross_entropy,
+    output_gate,
     rms_norm,
     rotary_tables,
 )
 from megarat.ops.cross_entropy import linear_cross_entropy_ref
 from megarat.ops.dilated_attention import far_positions
+from megarat.ops.output_gate import output_gate_ref
+from megarat.ops.rotary import apply_rotary_ref
 
 HEADS, CHANNELS = 16, 128
 BF16 = 2  # bytes
@@ -73,11 +77,15 @@ def scan_case(batch: int, length: int, backward: bool, accept: float | None, aim
             return {
                 "megarat": lambda: gated_scan(k, v, g, cos, sin),
                 "torch associative_scan, compiled": lambda: peer(k, v, g, cos, sin),
+                **recurrences_of_fla(k, v, g, None),
             }
         inputs = [x.detach().requires_grad_() for x in (k, v, g)]
         outputs = gated_scan(*inputs, cos, sin)[:2]
         grads = [torch.randn_like(x) for x in outputs]
-        return {"megarat": lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)}
+        return {
+            "megarat": lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True),
+            **recurrences_of_fla(k, v, g, grads),
+        }
 
     return Case(
         name, f"B={batch} T={length} C=2048", elements * (16 if backward else 10), 0.0, build, accept, aim,
@@ -107,8 +115,6 @@ def compiled_associative_scan() -> Callable[..., tuple[torch.Tensor, torch.Tenso
     """The same scan as torch composes it: fp32 gate, (1 - gate) x for k and v side by side, associative_scan, rotary, casts."""
     from torch._higher_order_ops.associative_scan import associative_scan
 
-    from megarat.ops import apply_rotary
-
     def combine(left, right):
         return left[0] * right[0], right[0] * left[1] + right[1]
 
@@ -117,9 +123,30 @@ def compiled_associative_scan() -> Callable[..., tuple[torch.Tensor, torch.Tenso
         x = (1 - gate).repeat(1, 1, 1, 2) * torch.cat((k, v), dim=-1).float()
         _, state = associative_scan(combine, (gate.repeat(1, 1, 1, 2), x), dim=1, combine_mode="pointwise")
         k_out, v_out = state.chunk(2, dim=-1)
-        return apply_rotary(k_out, cos, sin).to(k.dtype), v_out.to(v.dtype)
+        return apply_rotary_ref(k_out, cos, sin).to(k.dtype), v_out.to(v.dtype)
 
     return torch.compile(scan, dynamic=False)
+
+
+def recurrences_of_fla(k, v, g, grads: list[torch.Tensor] | None) -> dict[str, Callable[[], object]]:
+    """flash-linear-attention's HGRN kernels on both streams, if they are installed; gate, (1 - gate) x and rotary are not counted.
+
+    With `grads`, the gradients of the two outputs, only the backward.
+    """
+    try:
+        from fla.ops.hgrn import chunk_hgrn
+    except ImportError:
+        return {}
+    batch, length = k.shape[:2]
+    log_gate = F.logsigmoid(g.float()).to(k.dtype).view(batch, length, -1)
+    streams = [(torch.sigmoid(-g.float()) * x.float()).to(k.dtype).view(batch, length, -1) for x in (k, v)]
+    name = "fla chunk_hgrn, two calls, the recurrence alone"
+    if grads is None:
+        return {name: lambda: [chunk_hgrn(x, log_gate)[0] for x in streams]}
+    inputs = [x.requires_grad_() for x in (*streams, log_gate)]
+    outputs = [chunk_hgrn(x, log_gate)[0] for x in inputs[:2]]
+    douts = [d.reshape(batch, length, -1) for d in grads]
+    return {name: lambda: torch.autograd.grad(outputs, inputs, douts, retain_graph=True)}
 
 
 # --- dilated attention --------------------------------------------------------------------------------------------------------
@@ -348,6 +375,96 @@ def rms_norm_case(rows: int) -> Case:
     return Case("rms_norm forward", f"N={rows} C={hidden}", 2.0 * BF16 * rows * hidden, 0.0, build, tags={"norm"})
 
 
+def composed_add_norm(residual, branch, weight):
+    """A residual sum and its norm by torch operations, for `torch.compile`."""
+    total = residual + branch
+    return F.rms_norm(total, total.shape[-1:], weight.to(total.dtype), 1e-6).to(branch.dtype), total
+
+
+def add_norm_case(rows: int, residual_dtype: torch.dtype, backward: bool) -> Case:
+    """The sum of a residual and a bf16 branch, and its norm, as every block of the model makes it twice."""
+    hidden = HEADS * CHANNELS
+    wide = residual_dtype.itemsize
+    # forward: residual and branch in, sum and norm out; backward: sum, both gradients in, both gradients out
+    moved = (2 * wide + 2 * BF16 if not backward else 3 * wide + BF16 + (BF16 if wide > BF16 else 0)) * rows * hidden
+
+    def build() -> dict[str, Callable[[], object]]:
+        residual = torch.randn(rows, hidden, device="cuda", dtype=residual_dtype)
+        branch = torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16)
+        weight = torch.ones(hidden, device="cuda", dtype=torch.bfloat16)
+        grads = [torch.randn_like(branch), torch.randn_like(residual)]
+        compiled = torch.compile(composed_add_norm, dynamic=False)
+        return {
+            "megarat": differentiated_tuple(add_rms_norm, (residual, branch, weight), grads, backward),
+            "torch.compile": differentiated_tuple(compiled, (residual, branch, weight), grads, backward),
+        }
+
+    label = f"N={rows} C={hidden} {str(residual_dtype).removeprefix('torch.')} residual"
+    return Case(
+        f"add + rms_norm {'backward' if backward else 'forward'}", label, float(moved), 0.0, build,
+        error=lambda: elementwise_error(add_rms_norm, composed_add_norm, (residual_dtype, torch.bfloat16), (HEADS * CHANNELS,)),
+    )  # fmt: skip
+
+
+def differentiated_tuple(run, inputs, grads, backward: bool) -> Callable[[], object]:
+    """A call of `run`, or of its backward alone; the forward is then made on first use."""
+    if not backward:
+        return lambda: run(*inputs)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    made: list[tuple[torch.Tensor, ...]] = []
+
+    def call() -> object:
+        if not made:
+            outputs = run(*leaves)
+            made.append(outputs if isinstance(outputs, tuple) else (outputs,))
+        return torch.autograd.grad(made[0], leaves, grads, retain_graph=True)
+
+    return call
+
+
+def elementwise_error(run, oracle, dtypes: tuple[torch.dtype, ...], extra: tuple[int, ...] = ()) -> float:
+    """Worst error in units of tolerance of outputs and gradients against the oracle in float64; `extra`: the shape of a last bf16 input."""
+    inputs = [torch.randn(2, 256, HEADS, CHANNELS, device="cuda").to(dtype) for dtype in dtypes]
+    if extra:
+        inputs = [x.flatten(2) for x in inputs] + [torch.randn(extra, device="cuda").to(torch.bfloat16)]
+    narrow, wide = [x.clone().requires_grad_() for x in inputs], [x.double().requires_grad_() for x in inputs]
+    found, expected = run(*narrow), oracle(*wide)
+    found, expected = (y if isinstance(y, tuple) else (y,) for y in (found, expected))
+    douts = [torch.randn_like(y) for y in found]
+    found_d = torch.autograd.grad(found, narrow, douts)
+    return worst(found, expected, found_d, torch.autograd.grad(expected, wide, [d.double() for d in douts]))
+
+
+def elementwise_case(name: str, batch: int, length: int, backward: bool) -> Case:
+    """The output gate of dense attention, or the queries' rotary, on slices of a fused projection."""
+    elements = batch * length * HEADS * CHANNELS
+    gate = name == "output_gate"
+    tensors = (5 if backward else 3) if gate else 2  # in and out; the gradient of a rotation needs neither input
+
+    def build() -> dict[str, Callable[[], object]]:
+        x, other, dout = (t.contiguous() if i != 1 else t for i, t in enumerate(projections(3, batch, length)))
+        cos, sin = rotary_tables(torch.arange(length, device="cuda"), CHANNELS)
+        if gate:
+            runs = {"megarat": output_gate, "torch.compile": torch.compile(output_gate_ref, dynamic=False)}
+            return {label: differentiated_tuple(run, (x, other), [dout], backward) for label, run in runs.items()}
+        runs = {"megarat": apply_rotary, "torch.compile": torch.compile(apply_rotary_ref, dynamic=False)}
+        return {
+            label: differentiated_tuple(lambda x, run=run: run(x, cos, sin), (other,), [dout], backward)
+            for label, run in runs.items()
+        }
+
+    label = f"{name} {'backward' if backward else 'forward'}"
+
+    def error() -> float:
+        if gate:
+            return elementwise_error(output_gate, output_gate_ref, (torch.bfloat16, torch.bfloat16))
+        cos, sin = rotary_tables(torch.arange(256, device="cuda"), CHANNELS)
+        return elementwise_error(lambda x: apply_rotary(x, cos, sin), lambda x: apply_rotary_ref(x, cos, sin), (torch.bfloat16,))
+
+    shape = f"B={batch} T={length} C={HEADS * CHANNELS}"
+    return Case(label, shape, float(BF16 * tensors * elements), 0.0, build, error=error)
+
+
 def all_cases() -> Iterator[Case]:
     """The table of the README, in order."""
     yield scan_case(8, 4096, False, 0.226, 0.187)
@@ -366,3 +483,9 @@ def all_cases() -> Iterator[Case]:
     yield decode_case(64, 4096, (64, 0, 0), 1.8, 1.4)
     yield cross_entropy_case(32768, 32000, 21.5, 19.5)
     yield rms_norm_case(32768)
+    for residual_dtype in (torch.float32, torch.bfloat16):
+        yield add_norm_case(32768, residual_dtype, False)
+        yield add_norm_case(32768, residual_dtype, True)
+    for name in ("output_gate", "apply_rotary"):
+        yield elementwise_case(name, 8, 4096, False)
+        yield elementwise_case(name, 8, 4096, True)

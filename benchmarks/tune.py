@@ -1,4 +1,4 @@
-"""Sweeps the kernels' tile tables: `python -m benchmarks.tune scan|attention|decode [--compile I/N]`.
+"""Sweeps the kernels' tile tables: `python -m benchmarks.tune scan|attention|decode|norm [--compile I/N]`.
 
 The winners are written by hand into the tables at the top of each kernel module, so that nothing is ever tuned inside a training step
 and every rank makes the same choice. `--compile I/N` only compiles every N-th variant at a small shape, to fill Triton's cache from
@@ -20,6 +20,7 @@ from megarat.ops import rotary_tables
 from megarat.ops.kernels import decode_attention as decode
 from megarat.ops.kernels import dilated_attention as attention
 from megarat.ops.kernels import gated_scan as scan
+from megarat.ops.kernels import rms_norm as norm
 
 Variant = tuple[str, Callable[[], object]]
 
@@ -53,6 +54,10 @@ KEYS = [
 ]
 
 
+# (programs, channels a warp, rows in flight)
+NORM_BACKWARD = [
+    (264, 512, 1), (528, 512, 1), (1056, 512, 1), (264, 256, 1), (528, 256, 1), (264, 512, 2), (528, 512, 2), (264, 512, 3), (528, 512, 3), (528, 1024, 3),
+]  # fmt: skip
 DECODE = [(64, 4, 3), (32, 4, 3), (32, 2, 3), (16, 2, 2), (64, 8, 2)]  # slots, warps, load stages
 
 
@@ -120,6 +125,20 @@ def attention_variants(batch: int, length: int, pattern: tuple[int, int, int], b
         yield f"attention backward keys {label} {tile}", with_table(attention, "KEY_TILE", tile, run_backward)
 
 
+def norm_variants(rows: int) -> Iterator[Variant]:
+    """The backward of a residual sum's norm at 2048 channels, the residual in fp32 and in bf16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        total, dtotal = torch.randn(2, rows, 2048, device="cuda").to(dtype)
+        dy = torch.randn(rows, 2048, device="cuda", dtype=torch.bfloat16)
+        weight, rstd = torch.ones(2048, device="cuda", dtype=torch.bfloat16), torch.ones(rows, device="cuda")
+
+        def backward(total=total, dtotal=dtotal, dy=dy, weight=weight, rstd=rstd) -> object:
+            return norm.norm_backward(total, weight, rstd, dy, dtotal, torch.bfloat16)
+
+        for setting in NORM_BACKWARD:
+            yield f"norm backward {rows} {dtype} {setting}", with_table(norm, "BACKWARD", setting, backward)
+
+
 def decode_variants() -> Iterator[Variant]:
     """Whole steps of the 1.5B model at 64 sequences of 4096 tokens; a graph is captured on the first run of a variant."""
     for pattern in ((64, 0, 0), (16, 256, 0)):
@@ -139,6 +158,9 @@ def all_variants(group: str, small: bool) -> Iterator[Variant]:
     batch, length = (2, 1024) if small else (8, 4096)
     if group == "decode":
         yield from decode_variants()
+        return
+    if group == "norm":
+        yield from norm_variants(4096 if small else 32768)
         return
     if group == "scan":
         yield from scan_variants(batch, length)
@@ -171,7 +193,7 @@ def attempt(run: Callable[[], object]) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("group", choices=("scan", "attention", "decode"))
+    parser.add_argument("group", choices=("scan", "attention", "decode", "norm"))
     parser.add_argument("--compile", metavar="I/N", help="only compile this share of the variants")
     arguments = parser.parse_args()
     if arguments.compile:

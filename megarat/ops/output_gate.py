@@ -12,6 +12,11 @@ from torch import Tensor
 from megarat.ops.dispatch import choose_backend
 
 
+def output_gate_ref(x: Tensor, gate: Tensor) -> Tensor:
+    """The formula by torch operations; the result has x's dtype."""
+    return (x * torch.sigmoid(gate)).to(x.dtype)
+
+
 def output_gate(x_BTHK: Tensor, gate_BTHK: Tensor, *, backend: str | None = None) -> Tensor:
     """x * sigmoid(gate), both (B, T, H, K) of any float dtype; the result has x's dtype.
 
@@ -20,7 +25,7 @@ def output_gate(x_BTHK: Tensor, gate_BTHK: Tensor, *, backend: str | None = None
     if x_BTHK.shape != gate_BTHK.shape:
         raise ValueError(f"output_gate: x is {tuple(x_BTHK.shape)} but the gate is {tuple(gate_BTHK.shape)}")
     if choose_backend("output_gate", backend, x_BTHK, _unsupported(x_BTHK, gate_BTHK)) == "reference":
-        return (x_BTHK * torch.sigmoid(gate_BTHK)).to(x_BTHK.dtype)
+        return output_gate_ref(x_BTHK, gate_BTHK)
     from megarat.ops.kernels.output_gate import OutputGate
 
     return OutputGate.apply(x_BTHK, gate_BTHK)
