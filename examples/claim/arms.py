@@ -64,7 +64,7 @@ def adaptation(pretrain: Config, pattern: str, share: float) -> Config:
     """The published adaptation: fresh optimizer, a tenth of the learning rate, no warm-up; ``share`` of the batches of pretraining."""
     tree = pretrain.to_dict()
     batches = max(1, round(share * pretrain.train.pairs))
-    tree["run"]["dir"] = f"{pretrain.run.dir}-adapted/{pattern}-{batches}"
+    tree["run"]["dir"] = f"{pretrain.run.dir}-adapted/{pattern}-{share:g}"
     tree["attention"] = {"pattern": pattern}
     tree["train"]["pairs"] = batches
     tree["optim"] |= {"lr": pretrain.optim.lr / 10, "warmup": 0}

@@ -142,6 +142,7 @@ def adapted(config: Config, pattern: str, share: float) -> dict[str, Any]:
     rows = read_metrics(run)
     return {
         "pattern": pattern,
+        "share": share,
         "batches": settings.train.pairs,
         "tokens": rows[-1]["tokens"],
         "loss_first": rows[0]["loss_dense"],

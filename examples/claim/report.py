@@ -82,9 +82,7 @@ def loss(record: Record, reading: str) -> float | None:
 
 def adapted_loss(record: Record, reading: str, share: float = arms.LONG) -> float | None:
     """Held-out loss after the adaptation to a reading."""
-    batches = max(1, round(share * record["config"]["train"]["pairs"]))
-    kept = [row["score"] for row in record.get("adaptations", []) if row["batches"] == batches]
-    return _find(kept, reading)
+    return _find([row["score"] for row in record.get("adaptations", []) if row["share"] == share], reading)
 
 
 def _find(rows: Sequence[Record], reading: str) -> float | None:
@@ -349,42 +347,27 @@ def _draw_losses(experiment: Experiment, axis: Any) -> None:
             axis.plot(
                 tokens, [point["loss_sparse"] for point in curve], color=f"C{color}", linestyle=":", label="its sparse pass, D=64"
             )
-    highest = max(
-        record["pretraining"]["curve"][len(record["pretraining"]["curve"]) // 10]["loss_dense"]
-        for record in experiment.records
-        if "pretraining" in record
-    )
+    curves = [record["pretraining"]["curve"] for arm in experiment.present for record in experiment.of(arm)]
+    highest = max(curve[len(curve) // 10]["loss_dense"] for curve in curves)  # the fall of the first tenth is left out
     axis.set(xlabel="million tokens", ylabel="training loss, nats", ylim=(None, highest))
 
 
 def _draw_perplexity(experiment: Experiment, axis: Any) -> None:
     for color, arm in enumerate(experiment.present):
         record = experiment.of(arm)[0]
-        for rows, style, label in (
-            (record["scores"], {"marker": "o", "linestyle": "-", "alpha": 0.45}, "before adaptation"),
-            (
-                [
-                    row["score"]
-                    for row in record.get("adaptations", [])
-                    if row["batches"] > 1.5 * arms.SHORT * record["config"]["train"]["pairs"]
-                ],
-                {"marker": "s", "linestyle": "--"},
-                "adapted",
-            ),
-        ):
-            dilated = sorted(
-                (row for row in rows if ",W=256" not in row["pattern"]), key=lambda row: row["cache_bytes_per_sequence"]
-            )
-            axis.plot(
-                [row["cache_bytes_per_sequence"] / 2**20 for row in dilated],
-                [math.exp(row["loss"]) for row in dilated],
-                color=f"C{color}",
-                label=f"{arms.TITLES[arm]}, {label}",
-                **style,
-            )
+        adapted = [row["score"] for row in record.get("adaptations", []) if row["share"] == arms.LONG]
+        _draw_cache(axis, record["scores"], f"{arms.TITLES[arm]}", f"C{color}", "o-", 0.4)
+        _draw_cache(axis, adapted, f"{arms.TITLES[arm]}, adapted", f"C{color}", "s--", 1.0)
     axis.set(
         xscale="log", yscale="log", xlabel="KV cache of a sequence, MiB (D = 64, 16, 4, dense)", ylabel="held-out perplexity"
     )
+
+
+def _draw_cache(axis: Any, scores: Sequence[Record], label: str, color: str, style: str, alpha: float) -> None:
+    """Perplexity against cache bytes of the patterns without a window."""
+    rows = sorted((row for row in scores if ",W=256" not in row["pattern"]), key=lambda row: row["cache_bytes_per_sequence"])
+    sizes = [row["cache_bytes_per_sequence"] / 2**20 for row in rows]
+    axis.plot(sizes, [math.exp(row["loss"]) for row in rows], style, color=color, alpha=alpha, label=label)
 
 
 def _draw_memory(experiment: Experiment, axis: Any) -> None:
