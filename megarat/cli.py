@@ -142,7 +142,12 @@ def _add_generate(verbs: Any) -> None:
 def _add_serve(verbs: Any) -> None:
     parser = verbs.add_parser("serve", help="an OpenAI-compatible completions endpoint, from the sparse cache")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint or run folder")
-    parser.add_argument("--pattern", help=f"{_PATTERN_HELP}, or one with ' + topk …' as in eval (default: the checkpoint's own)")
+    parser.add_argument(
+        "--pattern",
+        action="append",
+        default=[],
+        help=f"{_PATTERN_HELP}, or one with ' + topk …' as in eval; repeatable: a request names one, or gets the first (default: the checkpoint's own)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--rows", type=_positive, default=16, help="sequences decoded at a time")
@@ -296,7 +301,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     serve(
         arguments.checkpoint,
-        pattern=_reading(arguments.pattern) if arguments.pattern else None,
+        patterns=[_reading(text) for text in arguments.pattern],
         host=arguments.host,
         port=arguments.port,
         rows=arguments.rows,

@@ -63,6 +63,10 @@ class Generation:
         if self.request.stops:
             self._look_for_stops()
 
+    def cancel(self) -> None:
+        """Stop working on it; its row is free at the next step."""
+        self.finish = self.finish or "cancelled"
+
     @property
     def text(self) -> str:
         """What will not change any more: neither half a character nor what may begin a stop string."""
@@ -115,9 +119,9 @@ class Engine:
             raise UserError(
                 f"{tokenizer.file}: has {tokenizer.vocab_size} entries, but the model's vocabulary has {model.config.vocab}; name the right one"
             )
-        self.capacity = capacity
+        self.config, self.reading, self.capacity = model.config, reading, capacity
         self.decoder = Decoder(model, reading, rows, capacity, tokenizer.vocab_size, buckets=buckets, graphs=graphs)
-        self._config, self._tokenizer = model.config, tokenizer
+        self._tokenizer = tokenizer
         self._rows: list[Generation | None] = [None] * rows
         self._waiting: deque[Generation] = deque()
 
@@ -136,15 +140,11 @@ class Engine:
             raise UserError(
                 f"prompt: {len(request.ids)} tokens and {request.max_new_tokens} new ones are more than the {self.capacity} allowed together"
             )
-        if not 0 <= min(request.ids) <= max(request.ids) < self._config.vocab:
-            raise UserError(f"prompt: has token ids outside the model's vocabulary of {self._config.vocab}")
+        if not 0 <= min(request.ids) <= max(request.ids) < self.config.vocab:
+            raise UserError(f"prompt: has token ids outside the model's vocabulary of {self.config.vocab}")
         generation = Generation(request, self._tokenizer)
         self._waiting.append(generation)
         return generation
-
-    def cancel(self, generation: Generation) -> None:
-        """Stop working on a request; its row is free at the next step."""
-        generation.finish = generation.finish or "cancelled"
 
     def step(self) -> list[Generation]:
         """Read prompts into free rows, start a step of the device, and take the tokens drawn before it.

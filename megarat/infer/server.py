@@ -1,11 +1,12 @@
 """``megarat serve``: an OpenAI-compatible completions endpoint over the continuous-batching engine, for one node.
 
     POST /v1/completions     prompt (text, a list of texts, token ids, a list of lists of them), max_tokens, temperature, top_p, n, seed,
-                             stop, stream, stream_options.include_usage; repetition_penalty as an extension
+                             stop, stream, stream_options.include_usage; repetition_penalty and pattern as extensions
     GET  /v1/models          the one model
     GET  /health             {"status": "ok"}
 
-One thread steps the engine; every connection has its own, which waits for text of its requests. A client that goes away cancels its requests.
+Each pattern that is served has an engine of its own; a request names one, or gets the first. One thread steps the engines; every connection
+has its own, which waits for text of its requests. A client that goes away cancels its requests.
 What a request asks for and cannot have is answered with status 400 and one line, and nobody else notices.
 """
 
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 from megarat.data.tokenizer import Tokenizer
 from megarat.errors import UserError
 from megarat.infer.engine import Engine, Generation, Request
+from megarat.infer.reading import AnySpec, read_as
 from megarat.infer.sampling import Sampling
 
 _MAX_BODY = 64 << 20  # bytes of a request
@@ -46,11 +48,11 @@ class Update(NamedTuple):
 
 
 class EngineThread(threading.Thread):
-    """Steps the engine as long as there is something to do."""
+    """Steps the engines as long as there is something to do."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engines: Sequence[Engine]) -> None:
         super().__init__(name="megarat-engine", daemon=True)
-        self._engine = engine
+        self._engines = engines
         self._listeners: dict[Generation, tuple[int, queue.Queue[Update | Exception]]] = {}
         self._lock = threading.Lock()  # over submitting and telling, not over computing
         self._work = threading.Event()
@@ -63,14 +65,19 @@ class EngineThread(threading.Thread):
         self.join()
         self._fail(RuntimeError("the server is stopping"))
 
-    def submit(self, requests: list[Request]) -> tuple[list[Generation], queue.Queue[Update | Exception]]:
-        """Queue requests; their updates come through one queue. Raises ``UserError``, with none of them queued, where one is impossible."""
+    @property
+    def busy(self) -> bool:
+        """Whether any request is waiting or decoding."""
+        return any(engine.busy for engine in self._engines)
+
+    def submit(self, engine: Engine, requests: list[Request]) -> tuple[list[Generation], queue.Queue[Update | Exception]]:
+        """Queue requests at an engine; their updates come through one queue. Raises ``UserError``, with none of them queued, where one is impossible."""
         updates: queue.Queue[Update | Exception] = queue.Queue()
         generations: list[Generation] = []
         with self._lock:
             try:
                 for index, request in enumerate(requests):
-                    generations.append(self._engine.submit(request))
+                    generations.append(engine.submit(request))
                     self._listeners[generations[-1]] = (index, updates)
             except UserError:
                 self._forget(generations)
@@ -85,7 +92,7 @@ class EngineThread(threading.Thread):
 
     def _forget(self, generations: list[Generation]) -> None:
         for generation in generations:
-            self._engine.cancel(generation)
+            generation.cancel()
             self._listeners.pop(generation, None)
 
     def run(self) -> None:
@@ -93,17 +100,20 @@ class EngineThread(threading.Thread):
         while not self._stopping:
             self._work.wait()
             self._work.clear()
-            while self._engine.busy and not self._stopping:
-                try:
-                    moved = self._engine.step()
-                except (
-                    Exception
-                ) as error:  # a fault of the machine, such as memory: those who wait hear of it, those who come are served
-                    self._fail(error)
-                    continue
-                with self._lock:
-                    for generation in moved:
-                        self._tell(generation)
+            while self.busy and not self._stopping:
+                for engine in self._engines:
+                    if engine.busy:
+                        self._step(engine)
+
+    def _step(self, engine: Engine) -> None:
+        try:
+            moved = engine.step()
+        except Exception as error:  # a fault of the machine, such as memory: those who wait hear of it, those who come are served
+            self._fail(error)
+            return
+        with self._lock:
+            for generation in moved:
+                self._tell(generation)
 
     def _tell(self, generation: Generation) -> None:
         listener = self._listeners.get(generation)
@@ -115,7 +125,7 @@ class EngineThread(threading.Thread):
     def _fail(self, error: Exception) -> None:
         with self._lock:
             for generation, (_, updates) in self._listeners.items():
-                self._engine.cancel(generation)
+                generation.cancel()
                 updates.put(error)
             self._listeners.clear()
 
@@ -125,6 +135,7 @@ class Completion:
     """A parsed request of a client."""
 
     requests: list[Request]
+    pattern: str | None
     stream: bool
     include_usage: bool
 
@@ -160,7 +171,10 @@ def parse_completion(body: Any, tokenizer: Tokenizer) -> Completion:
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise UserError('stream_options: expected an object such as {"include_usage": true}')
-    return Completion(requests, bool(body.get("stream")), bool(options.get("include_usage")))
+    pattern = body.get("pattern")
+    if pattern is not None and not isinstance(pattern, str):
+        raise UserError("pattern: expected a text such as 'D=16,W=256,I=4'")
+    return Completion(requests, pattern, bool(body.get("stream")), bool(options.get("include_usage")))
 
 
 def _prompts(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
@@ -203,9 +217,10 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, name: str, host: str, port: int) -> None:
+    def __init__(self, engines: Sequence[Engine], tokenizer: Tokenizer, name: str, host: str, port: int) -> None:
         self.tokenizer, self.name = tokenizer, name
-        self.engine = EngineThread(engine)
+        self._by_reading = {str(engine.reading): engine for engine in engines}
+        self.engine = EngineThread(engines)
         self.engine.start()
         try:
             super().__init__((host, port), Handler)
@@ -213,6 +228,21 @@ class Server(ThreadingHTTPServer):
             self.engine.stop()
             raise UserError(f"--host {host} --port {port}: cannot listen there: {error}") from None
         self.started = int(time.time())
+
+    @property
+    def patterns(self) -> list[str]:
+        """The patterns that are served, the default first."""
+        return list(self._by_reading)
+
+    def engine_for(self, pattern: str | None) -> Engine:
+        """The engine that reads by ``pattern``; None is the first. Raises ``UserError`` that names those there are."""
+        engines = list(self._by_reading.values())
+        if pattern is None:
+            return engines[0]
+        found = self._by_reading.get(str(read_as(pattern, engines[0].config)))
+        if found is None:
+            raise UserError(f"pattern: {pattern!r} is not served here; this server has {', '.join(self._by_reading)}")
+        return found
 
     def server_close(self) -> None:
         """Close the socket and end the engine's thread."""
@@ -238,7 +268,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, {"status": "ok"})
         elif self.path == "/v1/models":
             model = {"id": self.server.name, "object": "model", "created": self.server.started, "owned_by": "megarat"}
-            self._send(200, {"object": "list", "data": [model]})
+            self._send(200, {"object": "list", "data": [model | {"patterns": self.server.patterns}]})
         else:
             self._refuse(404, f"{self.path}: no such page; there are /v1/completions, /v1/models and /health")
 
@@ -251,7 +281,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._refuse(404, f"{self.path}: no such page; completions are at /v1/completions")
         try:
             completion = parse_completion(json.loads(body), self.server.tokenizer)
-            generations, updates = self.server.engine.submit(completion.requests)
+            engine = self.server.engine_for(completion.pattern)
+            generations, updates = self.server.engine.submit(engine, completion.requests)
         except (ValueError, RecursionError) as error:
             return self._refuse(400, f"the body is not JSON: {error}")
         except UserError as error:
@@ -371,7 +402,7 @@ def _error(message: str, kind: str) -> dict[str, Any]:
 def serve(
     checkpoint: str,
     *,
-    pattern: Any = None,
+    patterns: Sequence[AnySpec] = (),
     host: str = "127.0.0.1",
     port: int = 8000,
     rows: int = 16,
@@ -380,7 +411,10 @@ def serve(
     device: str | None = None,
     precision: str | None = None,
 ) -> None:
-    """Serve a checkpoint until SIGINT or SIGTERM. Raises ``UserError`` for what cannot be loaded, does not fit, or cannot listen."""
+    """Serve a checkpoint under some patterns (none: its own) until SIGINT or SIGTERM.
+
+    Raises ``UserError`` for what cannot be loaded, does not fit, or cannot listen.
+    """
     import signal
 
     import torch
@@ -391,16 +425,17 @@ def serve(
     from megarat.infer.text import find_tokenizer
 
     model = load(checkpoint, None, device, {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[precision])
-    reading = model.reading(pattern)
     text = find_tokenizer(model, tokenizer)
     capacity = max_length or load_state(model.checkpoint).config.data.sequence_length
-    size = cache_bytes(model.config, reading, capacity, model.lm.embedding.weight.dtype)
-    print(
-        f"{model.checkpoint}: {reading}; {rows} rows of {capacity} tokens, {rows * size / 2**20:,.1f} MiB of cache",
-        file=sys.stderr,
-    )
-    engine = Engine(model.lm, reading, text, rows=rows, capacity=capacity)
-    server = Server(engine, text, str(checkpoint), host, port)
+    engines = []
+    for reading in dict.fromkeys([model.reading(pattern) for pattern in patterns] or [model.reading(None)]):
+        size = cache_bytes(model.config, reading, capacity, model.lm.embedding.weight.dtype)
+        print(
+            f"{model.checkpoint}: {reading}; {rows} rows of {capacity} tokens, {rows * size / 2**20:,.1f} MiB of cache",
+            file=sys.stderr,
+        )
+        engines.append(Engine(model.lm, reading, text, rows=rows, capacity=capacity))
+    server = Server(engines, text, str(checkpoint), host, port)
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
     print(f"listening on http://{host}:{server.server_port}/v1/completions", file=sys.stderr, flush=True)
     try:

@@ -153,13 +153,13 @@ def test_a_cancelled_request_frees_its_row_and_disturbs_nobody(model):
     first, second, third = (running.submit(request) for request in requests()[:3])
     running.step()
     running.step()
-    running.cancel(first)
-    running.cancel(second)
+    first.cancel()
+    second.cancel()
     while running.busy:
         running.step()
     assert (first.finish, len(first.ids), second.finish, second.ids) == ("cancelled", 2, "cancelled", [])
     assert third.ids == alone(model, requests()[2])
-    running.cancel(third)
+    third.cancel()
     assert third.finish == "length"
 
 

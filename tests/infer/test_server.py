@@ -28,6 +28,7 @@ from megarat.model.lm import RATPlusLM
 
 SHAPE = ModelConfig(layers=2, hidden=16, heads=2, vocab=140, init_std=0.5)
 READING = read_as("D=4,W=3,I=1", SHAPE)
+OTHER = read_as("D=-1,W=2", SHAPE)
 CAPACITY = 400
 
 
@@ -50,7 +51,8 @@ def model() -> RATPlusLM:
 
 @pytest.fixture
 def server(model):
-    made = Server(Engine(model, READING, Bytes(), rows=3, capacity=CAPACITY), Bytes(), "tiny", "127.0.0.1", 0)
+    engines = [Engine(model, reading, Bytes(), rows=3, capacity=CAPACITY) for reading in (READING, OTHER)]
+    made = Server(engines, Bytes(), "tiny", "127.0.0.1", 0)
     thread = threading.Thread(target=made.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield made
@@ -59,9 +61,9 @@ def server(model):
     thread.join()
 
 
-def expected(model, prompt: str, tokens: int, sampling: Sampling | None = None) -> str:
+def expected(model, prompt: str, tokens: int, sampling: Sampling | None = None, reading=READING) -> str:
     ids = torch.tensor([list(prompt.encode())])
-    made = generate(model, ids, tokens, READING, sampling=sampling or Sampling(), vocabulary=128, stop_id=0)[0].tolist()
+    made = generate(model, ids, tokens, reading, sampling=sampling or Sampling(), vocabulary=128, stop_id=0)[0].tolist()
     return bytes(made[: made.index(0)] if 0 in made else made).decode(errors="replace")
 
 
@@ -86,7 +88,7 @@ def stream(server, body) -> list[dict]:
 
 def wait_until_idle(server) -> None:
     deadline = time.monotonic() + 20
-    while server.engine._engine.busy or server.engine._listeners:
+    while server.engine.busy or server.engine._listeners:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -105,6 +107,32 @@ def test_several_prompts_have_each_their_choices(server, model, prompt):
     texts = [choice["text"] for choice in tree["choices"]]
     assert texts == [expected(model, text, 5) for text in ("one", "one", "two!", "two!")]
     assert [choice["index"] for choice in tree["choices"]] == [0, 1, 2, 3]
+
+
+def test_a_request_may_name_any_pattern_that_is_served(server, model):
+    """Also at the same time: each engine goes on while the other has work."""
+    body = {"prompt": "pattern", "max_tokens": 30, "temperature": 0}
+    texts = {}
+    threads = [
+        threading.Thread(
+            target=lambda spec=spec: texts.update({spec: ask(server, {**body, "pattern": spec})[1]["choices"][0]["text"]})
+        )
+        for spec in ("D=-1,W=2", "W=3,D=4,I=1", "D=-1, W=2,I=0")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts["D=-1,W=2"] == texts["D=-1, W=2,I=0"] == expected(model, "pattern", 30, reading=OTHER)
+    assert texts["W=3,D=4,I=1"] == expected(model, "pattern", 30) != texts["D=-1,W=2"]
+    for spec, message in [
+        ("D=8", "served here; this server has D=4,W=3,I=1, D=-1,W=2,I=0"),
+        ("D", "cannot read"),
+        (7, "expected a text"),
+    ]:
+        status, tree = ask(server, {**body, "pattern": spec})
+        assert status == 400 and tree["error"]["message"].startswith("pattern") and message in tree["error"]["message"]
+    assert ask(server, None, "/v1/models", "GET")[1]["data"][0]["patterns"] == ["D=4,W=3,I=1", "D=-1,W=2,I=0"]
 
 
 def test_a_seed_draws_the_same_again_and_each_choice_differs(server, model):
@@ -174,7 +202,7 @@ def test_what_is_malformed_is_refused_by_name_and_the_server_goes_on(server, mod
         status, tree = ask(server, body)
         assert status == 400 and message in tree["error"]["message"], (body, tree)
         assert tree["error"]["type"] == "invalid_request_error"
-    assert not server.engine._engine.busy and not server.engine._listeners
+    assert not server.engine.busy and not server.engine._listeners
     assert ask(server, {"prompt": "hello", "max_tokens": 3, "temperature": 0})[1]["choices"][0]["text"] == expected(
         model, "hello", 3
     )
@@ -239,7 +267,7 @@ def test_many_clients_get_their_own_text_while_others_disconnect(server, model):
 
 
 def test_a_failed_step_is_told_to_those_who_wait_and_the_next_are_served(server, model, monkeypatch, capsys):
-    engine = server.engine._engine
+    engine = server.engine._engines[0]
 
     def fail():
         monkeypatch.undo()
@@ -256,9 +284,9 @@ def test_a_failed_step_is_told_to_those_who_wait_and_the_next_are_served(server,
 def test_a_port_in_use_is_refused(server, model):
     engine = Engine(model, READING, Bytes(), rows=1, capacity=8)
     with pytest.raises(UserError, match=f"--port {server.server_port}: cannot listen there"):
-        Server(engine, Bytes(), "x", "127.0.0.1", server.server_port)
+        Server([engine], Bytes(), "x", "127.0.0.1", server.server_port)
     with pytest.raises(UserError, match="--port 70000: cannot listen there"):
-        Server(engine, Bytes(), "x", "127.0.0.1", 70000)
+        Server([engine], Bytes(), "x", "127.0.0.1", 70000)
 
 
 def test_the_command_serves_until_it_is_told_to_stop(golden_pth, tmp_path):
