@@ -39,7 +39,7 @@ def examine() -> list[Finding]:
     """Look at this machine and this Python."""
     findings = [_python()]
     findings += [_package(*row) for row in _PACKAGES]
-    checks: list[Callable[[], Finding]] = [_gpu, _cpu_precision, _kernels, _apex, _mpi, _compiler]
+    checks: list[Callable[[], Finding]] = [_gpu, _cpu_precision, _kernels, _dense_attention, _apex, _mpi, _compiler]
     return findings + [check() for check in checks]
 
 
@@ -115,7 +115,37 @@ def _kernels() -> Finding:
         return Finding(MISSING, "ops", f"torch references: {missing}", "pip install triton (comes with a CUDA torch)")
     if not torch.cuda.is_available():
         return Finding(NOTE, "ops", "torch references on the CPU; Triton kernels run on GPUs")
-    return Finding(OK, "ops", "Triton kernels on the GPU; a call they do not serve warns once and runs the reference")
+    from megarat.ops.dispatch import gpu_family, gpu_unsupported
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    unsupported = gpu_unsupported(device)
+    if unsupported:
+        return Finding(NOTE, "ops", f"torch references: {unsupported}")
+    tiles = "tiles timed on an H200" if gpu_family(device) == "hopper" else "tiles that fit any GPU, not timed on this one"
+    return Finding(OK, "ops", f"Triton kernels, {tiles}; the reference, with one warning, serves {_NOT_SERVED}")
+
+
+# what the `_unsupported` functions of megarat.ops turn away
+_NOT_SERVED = (
+    "float64, attention heads other than 16, 32, 64 or 128 wide, recurrent heads no multiple of 16, norms wider than 16384"
+)
+
+
+def _dense_attention() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding(NOTE, "dense attention", "torch's, on the CPU")
+    from megarat.ops.dilated_attention import dense_backend
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    backend = dense_backend(device, torch.bfloat16, 4096, 128)
+    found = f"{backend}, chosen by torch for bf16 heads of 128 at 4096 tokens"
+    if backend in ("efficient", "math"):
+        return Finding(
+            NOTE, "dense attention", found, "a torch built with cuDNN or FlashAttention for this GPU is several times faster"
+        )
+    return Finding(OK, "dense attention", found)
 
 
 def _apex() -> Finding:

@@ -20,6 +20,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -132,6 +133,14 @@ def is_dense(pattern: PatternLike, length: int) -> bool:
     """Whether every query of a sequence of this length sees all keys up to its own."""
     dilation, window, initial = check_pattern(pattern)
     return dilation == 1 or window >= length - 1 or initial >= length - 1
+
+
+def dense_backend(device: torch.device, dtype: torch.dtype, length: int, head_dim: int) -> str:
+    """Which of torch's attentions a dense causal pattern takes in training: "cuDNN", "Flash", "efficient" or "math"."""
+    q = torch.empty(1, 1, length, head_dim, dtype=dtype, device=device, requires_grad=True)
+    choice = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q, None, 0.0, True))
+    names = {"CUDNN_ATTENTION": "cuDNN", "FLASH_ATTENTION": "Flash", "EFFICIENT_ATTENTION": "efficient", "MATH": "math"}
+    return names.get(choice.name, choice.name)
 
 
 def _attend_torch(

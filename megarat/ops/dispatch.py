@@ -1,13 +1,15 @@
 """Which implementation of an op runs: the Triton kernels or the plain torch reference.
 
-`MEGARAT_OPS=auto` (the default) takes the kernels on CUDA tensors whenever they serve the call, and falls back to the reference
-with one warning per op and reason. `MEGARAT_OPS=reference` forces the reference everywhere. A caller that passes `backend=`
+`MEGARAT_OPS=auto` (the default) takes the kernels on CUDA tensors whenever they serve the call and the GPU, and falls back to the
+reference with one warning per op and reason. `MEGARAT_OPS=reference` forces the reference everywhere. A caller that passes `backend=`
 explicitly gets exactly that backend or a `ValueError`.
+
+Tiles are looked up by GPU, never tuned at run time: no training step stalls, and ranks on equal GPUs make equal choices. The tables are
+named by `gpu_family`. An H100 has the processor of an H200, with slower memory, and shares its table, which was timed on an H200.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import warnings
@@ -17,7 +19,11 @@ import torch
 from megarat.errors import UserError
 
 BACKENDS = ("triton", "reference")
+LEAST_CAPABILITY = (8, 0)  # bf16 matrix units and asynchronous copies
+HOPPER = (9, 0)  # H100, H200, GH200
 _warned: set[tuple[str, str]] = set()
+_missing = None if importlib.util.find_spec("triton") is not None else "the triton package is not installed"
+_gpu_reasons: dict[torch.device, str | None] = {}
 
 
 def ops_mode() -> str:
@@ -28,12 +34,30 @@ def ops_mode() -> str:
     return mode
 
 
-@functools.cache
 def triton_missing() -> str | None:
     """Why Triton kernels cannot run in this process at all, or None when they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "the triton package is not installed"
+    return _missing
+
+
+def gpu_unsupported(device: torch.device) -> str | None:
+    """Why the kernels do not serve this GPU, or None."""
+    if device not in _gpu_reasons:
+        _gpu_reasons[device] = _examine_gpu(device)
+    return _gpu_reasons[device]
+
+
+def _examine_gpu(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "the kernels were written for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
     return None
+
+
+def gpu_family(device: torch.device) -> str:
+    """The name of this GPU's tile tables: "hopper", or "other", whose tiles fit 99 KB of shared memory."""
+    return "hopper" if device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER else "other"
 
 
 def choose_backend(op: str, requested: str | None, tensor: torch.Tensor, unsupported: str | None) -> str:
@@ -51,6 +75,7 @@ def choose_backend(op: str, requested: str | None, tensor: torch.Tensor, unsuppo
         return requested
     if ops_mode() == "reference" or not tensor.is_cuda:
         return "reference"
+    unsupported = unsupported or gpu_unsupported(tensor.device)
     if unsupported:
         _warn_once(op, unsupported)
         return "reference"

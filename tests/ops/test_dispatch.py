@@ -13,13 +13,16 @@ class OnGpu:
     """As much of a CUDA tensor as the choice looks at."""
 
     is_cuda = True
+    device = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
     monkeypatch.delenv("MEGARAT_OPS", raising=False)
     monkeypatch.setattr(dispatch, "_warned", set())
-    monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
+    monkeypatch.setattr(dispatch, "_missing", None)
+    monkeypatch.setattr(dispatch, "_gpu_reasons", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
 def test_cpu_tensors_take_the_reference_and_gpu_tensors_the_kernels():
@@ -49,3 +52,17 @@ def test_an_explicit_backend_is_obeyed_or_refused():
         dispatch.choose_backend("op", "triton", OnGpu(), "odd heads")
     with pytest.raises(ValueError, match="'cuda'"):
         dispatch.choose_backend("op", "cuda", OnGpu(), None)
+
+
+def test_an_older_gpu_runs_the_reference_and_says_which_it_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    with pytest.warns(RuntimeWarning, match=r"compute capability 7\.5, the kernels need 8\.0"):
+        assert dispatch.choose_backend("op", None, OnGpu(), None) == "reference"
+
+
+def test_gpus_of_one_family_share_their_tiles(monkeypatch):
+    device = torch.device("cuda", 0)
+    assert dispatch.gpu_family(device) == "hopper"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    assert dispatch.gpu_family(device) == "other"
+    assert dispatch.gpu_family(torch.device("cpu")) == "other"
