@@ -116,5 +116,6 @@ class RMSNorm(torch.autograd.Function):
         if dy is None:
             assert dtotal is not None  # or there would be nothing to do
             return dtotal, None if ctx.branch_dtype is None else dtotal.to(ctx.branch_dtype), None, None, None
-        gradients = norm_backward(*ctx.saved_tensors, dy, dtotal, ctx.branch_dtype)
+        total, weight_C, rstd = ctx.saved_tensors
+        gradients = norm_backward(total, weight_C, rstd, dy, dtotal, ctx.branch_dtype)
         return *gradients, None, None
