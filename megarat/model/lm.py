@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from megarat import comm
 from megarat.config import Config, ModelConfig
 from megarat.mesh import CONTEXT, TENSOR, Mesh
-from megarat.model import names
+from megarat.model import compiled, names
 from megarat.model.layers import FeedForward, RMSNorm
 from megarat.model.mixer import RATPlusMixer
 from megarat.model.pattern import LayerPattern, Patterns, resolve
@@ -40,6 +40,8 @@ class Block(nn.Module):
         super().__init__()
         self.mixer = RATPlusMixer(config.hidden, config.heads, config.norm_eps, config.recurrence, ranks, context)
         self.ffn = FeedForward(config.hidden, config.ffn_multiple, config.norm_eps, ranks)
+        self.eps = config.norm_eps
+        self.compiled = False  # see ``megarat.model.compiled``
 
     def forward(
         self,
@@ -53,13 +55,34 @@ class Block(nn.Module):
 
         Each addition is left to the norm that follows it, which reads the sum anyway.
         """
+        if self.compiled:
+            return self._compiled(x_BTC, branch_BTC, rotary, pattern, document_ids_BT)
         if branch_BTC is None:
             normal_BTC = self.mixer.norm(x_BTC)
         else:
             normal_BTC, x_BTC = self.mixer.norm(x_BTC, branch_BTC)
-        branch_BTC = self.mixer.after_norm(normal_BTC, x_BTC, rotary, pattern, document_ids_BT)
+        projections = self.mixer.split(self.mixer.fused(normal_BTC, x_BTC))
+        branch_BTC = self.mixer.mix(projections, rotary, pattern, document_ids_BT)
         normal_BTC, x_BTC = self.ffn.norm(x_BTC, branch_BTC)
         return x_BTC, self.ffn.after_norm(normal_BTC, x_BTC)
+
+    def _compiled(
+        self,
+        x_BTC: Tensor,
+        branch_BTC: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        pattern: LayerPattern,
+        document_ids_BT: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        mixer, ffn = self.mixer, self.ffn
+        x_BTC, fused = compiled.compiled(compiled.enter)(x_BTC, branch_BTC, mixer.norm.weight, mixer.in_proj.weight, self.eps)
+        branch_BTC = mixer.mix(mixer.split(fused), rotary, pattern, document_ids_BT)
+        return cast(
+            "tuple[Tensor, Tensor]",
+            compiled.compiled(compiled.feed_forward)(
+                x_BTC, branch_BTC, ffn.norm.weight, ffn.up.weight, ffn.down.weight, self.eps
+            ),
+        )
 
 
 class RATPlusLM(nn.Module):
@@ -202,6 +225,7 @@ def local_model(config: Config, mesh: Mesh) -> RATPlusLM:
     model.recompute = config.parallel.recompute == "full"
     for block in model.blocks:
         block.mixer.recompute = block.ffn.recompute = config.parallel.recompute == "selective"
+        block.compiled = config.train.compile
         if config.train.fp8:
             for linear in (block.mixer.in_proj, block.mixer.out_proj, block.ffn.up, block.ffn.down):
                 linear.product = fp8_linear

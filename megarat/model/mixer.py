@@ -73,30 +73,31 @@ class RATPlusMixer(nn.Module):
 
         Nothing crosses from one document into another where ``document_ids_BT`` (integers) differ.
         """
-        return self.after_norm(self.norm(x_BTC), x_BTC, rotary, pattern, document_ids_BT)
+        return self.mix(self.project(x_BTC), rotary, pattern, document_ids_BT)
 
-    def after_norm(
+    def mix(
         self,
-        normal_BTC: Tensor,
-        x_BTC: Tensor,
+        projections: Projections,
         rotary: tuple[Tensor, Tensor],
         pattern: LayerPattern,
         document_ids_BT: Tensor | None = None,
     ) -> Tensor:
-        """The same, given also the norm of ``x_BTC``."""
-        projections = self.split(normal_BTC, x_BTC)
+        """The same from the input projection on."""
         before = None if projections.g is None else self.context.state_before(projections.k, projections.v, projections.g)
         q, k, v, _ = self.recur(projections, rotary, before, document_ids_BT=document_ids_BT)
         return self.attend(projections.o, q, k, v, pattern, document_ids_BT)
 
     def project(self, x_BTC: Tensor) -> Projections:
-        """Norm and the fused input projection, split into strided views of (B, T, H, K)."""
-        return self.split(self.norm(x_BTC), x_BTC)
+        """Norm and the fused input projection, split."""
+        return self.split(self.fused(self.norm(x_BTC), x_BTC))
 
-    def split(self, normal_BTC: Tensor, x_BTC: Tensor) -> Projections:
-        """The same, given also the norm of ``x_BTC``."""
+    def fused(self, normal_BTC: Tensor, x_BTC: Tensor) -> Tensor:
+        """The fused input projection (B, T, 5 C) of the norm of ``x_BTC``."""
         with made_again(normal_BTC, lambda: self.norm(x_BTC), self.recompute):
-            fused = self.in_proj(normal_BTC)
+            return self.in_proj(normal_BTC)
+
+    def split(self, fused: Tensor) -> Projections:
+        """The fused projection as strided views of (B, T, H, K)."""
         o, q, k, v, *gate = fused.unflatten(-1, (-1, self.heads, self.head_dim)).unbind(-3)
         return Projections(o, q, k, v, gate[0] if gate else None)
 
