@@ -134,6 +134,10 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "bf16 keeps fp32 masters; `auto` is bf16 on GPUs and on CPUs with bf16 matrix units."
     )
+    compile: bool = setting(
+        False,
+        "Residual sums, norms, products and GELU of the layers through torch.compile (see docs/performance.md for what it is worth).",
+    )
     fp8: bool = setting(
         False,
         "Matrix products of the layers in FP8 with one scale a tensor (needs an H100 or newer); weights, moments and the rest stay.",
@@ -285,6 +289,8 @@ def validate(config: Config, source: str = "config") -> None:
     _validate_optimizer(config.optim, source)
     if config.train.fp8:
         _validate_fp8(config, source)
+    if config.train.compile:
+        _validate_compile(config, source)
     mesh.check(config, source=source)
     try:
         _ = config.patterns, config.sparse_patterns
@@ -337,6 +343,17 @@ def _validate_fp8(config: Config, source: str) -> None:
         raise UserError(
             f"{source}: train.fp8 with parallel.recompute = selective: FP8 layers keep no inputs that it could leave out; set it to off or full"
         )
+
+
+def _validate_compile(config: Config, source: str) -> None:
+    for key, legal, reason in (
+        ("parallel.tensor", 1, "ranks that share layers overlap their messages with products by hand"),
+        ("parallel.zero", (1, 2), "ZeRO 3 gathers weights by hooks that compiled code does not call"),
+        ("parallel.recompute", ("off", "full"), "the compiler itself decides what is kept and what is made again"),
+        ("train.fp8", False, "FP8 layers replace the products that would be compiled"),
+    ):
+        if get(config, key) not in (legal if isinstance(legal, tuple) else (legal,)):
+            raise UserError(f"{source}: train.compile with {key} = {get(config, key)}: {reason}; set train.compile=false")
 
 
 def _validate_optimizer(optim: OptimConfig, source: str) -> None:
