@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_pretrain(verbs: Any) -> None:
     parser = verbs.add_parser("pretrain", help="dense pretraining with active recurrence learning; resumes from its run folder")
     _add_config(parser)
+    _add_verify_resume(parser)
     parser.set_defaults(run=_pretrain)
 
 
@@ -78,7 +79,16 @@ def _add_adapt(verbs: Any) -> None:
     parser.add_argument(
         "--sparse-pass", action="store_true", help="keep the sparse pass of pretraining (attention.train_dilation)"
     )
+    _add_verify_resume(parser)
     parser.set_defaults(run=_adapt)
+
+
+def _add_verify_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--verify-resume",
+        action="store_true",
+        help="before a resumed run goes on, train one recorded pair again and compare losses and gradient norms",
+    )
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -229,7 +239,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     from megarat import config
     from megarat.train.loop import pretrain
 
-    pretrain(config.load(arguments.config, arguments.overrides))
+    pretrain(config.load(arguments.config, arguments.overrides), arguments.verify_resume)
 
 
 def _adapt(arguments: argparse.Namespace) -> None:
@@ -241,7 +251,7 @@ def _adapt(arguments: argparse.Namespace) -> None:
         overrides.append(f"attention.pattern={_quoted(arguments.pattern)}")
     if arguments.task:
         overrides.append(f'data.task="{arguments.task}"')
-    adapt(config.load(arguments.config, overrides), arguments.parent, arguments.sparse_pass)
+    adapt(config.load(arguments.config, overrides), arguments.parent, arguments.sparse_pass, arguments.verify_resume)
 
 
 def _eval(arguments: argparse.Namespace) -> None:

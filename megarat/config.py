@@ -147,7 +147,9 @@ class TrainConfig:
         "Only kernels whose results repeat bit for bit, also on a GPU: a resumed run then equals the uninterrupted one exactly.",
     )
     wall_clock_minutes: float = setting(0.0, "Stop early (exit 75, with a checkpoint) after this time; 0 = no limit.")
-    max_skipped: int = setting(3, "Consecutive non-finite pairs to skip before the run stops with an error.")
+    max_skipped: int = setting(
+        3, "Consecutive bad pairs (not finite, or spikes) after which the run ends with an error, where it cannot go back."
+    )
 
 
 @dataclass
@@ -201,6 +203,28 @@ class CheckpointConfig:
 
 
 @dataclass
+class GuardConfig:
+    """What a run does when a pair goes wrong, or nothing goes on at all."""
+
+    deviations: float = setting(
+        0.0,
+        "Leave a pair out whose loss, or logarithm of the gradient norm, is so many deviations above the running median (10 is cautious); "
+        "0 = only what is not finite.",
+    )
+    window: int = setting(128, "Good pairs that median and deviation are taken over; they count from half as many on.")
+    rollback_after: int = setting(
+        3,
+        "Bad pairs in a row after which the run goes back to its last regular checkpoint and leaves all samples since out; 0 = never.",
+    )
+    max_rollbacks: int = setting(3, "How often it goes back to the same checkpoint.")
+    hang_minutes: float = setting(
+        30.0,
+        "A rank where nothing goes on for so long (a pair, a start, a save) writes its stacks to RUN/stacks and ends; 0 = never.",
+    )
+    slow_every: int = setting(50, "Pairs between looks for ranks that are slower than the others; 0 = never.")
+
+
+@dataclass
 class LogConfig:
     """What a run prints and records."""
 
@@ -221,6 +245,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     @property
@@ -302,11 +327,12 @@ _POSITIVE = (
     "model.layers model.hidden model.heads model.vocab model.ffn_multiple model.rope_base model.norm_eps model.init_std "
     "data.sequence_length data.shuffle_run data.shuffle_window data.cache_gb data.prefetch train.pairs train.global_batch "
     "train.micro_batch train.max_skipped optim.lr optim.eps "
-    "parallel.tensor parallel.pipeline parallel.context checkpoint.every checkpoint.keep log.every"
+    "parallel.tensor parallel.pipeline parallel.context checkpoint.every checkpoint.keep guard.window log.every"
 ).split()
 _NOT_NEGATIVE = (
     "data.limit_tokens data.max_epochs data.validation_tokens optim.min_lr optim.warmup optim.weight_decay optim.clip "
-    "checkpoint.keep_every train.wall_clock_minutes train.seed"
+    "checkpoint.keep_every train.wall_clock_minutes train.seed guard.deviations guard.rollback_after guard.max_rollbacks "
+    "guard.hang_minutes guard.slow_every"
 ).split()
 
 

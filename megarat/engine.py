@@ -25,7 +25,7 @@ import math
 import os
 import resource
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +63,12 @@ class Update(NamedTuple):
     loss: float  # mean over micro-batches and ranks
     grad_norm: float  # global L2 norm before clipping
     finite: bool  # False: loss or norm was not finite, and no weight was touched
+    refused: bool = False  # by the caller, who had seen loss and norm: no weight was touched either
+
+    @property
+    def made(self) -> bool:
+        """Whether the weights were updated."""
+        return self.finite and not self.refused
 
 
 class Engine:
@@ -116,22 +122,30 @@ class Engine:
 
     # ---- one update -------------------------------------------------------------------------------------------------------
 
-    def update(self, micro_batches: Sequence[MicroBatch], patterns: Patterns, lr: float) -> Update:
+    def update(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        patterns: Patterns,
+        lr: float,
+        accept: Callable[[float, float], bool] | None = None,
+    ) -> Update:
         """One optimizer update: accumulate gradients over ``micro_batches``, clip, AdamW with learning rate ``lr``.
 
-        The loss is the plain mean over micro-batches and ranks. A non-finite loss or gradient norm drops the gradients instead.
+        The loss is the plain mean over micro-batches and ranks. The gradients are dropped instead when it or their norm is not finite, or
+        when ``accept(loss, norm)`` refuses; it must decide alike on all ranks, which give it the same numbers.
         """
         if len(micro_batches) != self.micro_batches:
             raise ValueError(f"{len(micro_batches)} micro-batches given; the engine was built for {self.micro_batches}")
         loss_value, norm = self._decide(self._accumulate(micro_batches, patterns))
         finite = math.isfinite(loss_value) and math.isfinite(norm)
-        if finite:
+        refused = finite and accept is not None and not accept(loss_value, norm)
+        if finite and not refused:
             for group in self._adamw.param_groups:
                 group["lr"] = lr
             self._step()
         else:
             self._drop_gradients()
-        return Update(loss_value, norm, finite)
+        return Update(loss_value, norm, finite, refused)
 
     def _decide(self, loss: Tensor) -> tuple[float, float]:
         """Loss and gradient norm as numbers, equal on all ranks whatever their last bits. The one wait for the device in an update."""

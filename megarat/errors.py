@@ -4,6 +4,7 @@ from __future__ import annotations
 
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2
+EXIT_HUNG = 70  # nothing went on for too long on this rank; its stacks are in RUN/stacks (sysexits' EX_SOFTWARE)
 EXIT_STOPPED = 75  # stopped early on request, with a good checkpoint: "requeue me" (sysexits' EX_TEMPFAIL)
 
 

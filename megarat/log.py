@@ -2,7 +2,7 @@
 
 ``metrics.jsonl`` has one object a line and a pair: pair (1 = the first), tokens (so far), loss_sparse, loss_dense, grad_norm_sparse,
 grad_norm_dense (before clipping), lr, tokens_per_s, stream_hash (of all token ids so far), mfu, memory_gb (peak), data_wait_s, seconds,
-skipped (dropped for non-finite values). null where a value does not exist or is not finite.
+skipped (the pair was left out for bad numbers), skipped_total, rollbacks (of the run so far). null where a value does not exist or is not finite.
 
 TensorBoard reads one file a run, whatever number of starts the run has: a start cuts off what was recorded beyond its checkpoint, fills in
 from ``metrics.jsonl`` what a crash may have kept from the file, and appends. So every step is there once.
@@ -41,6 +41,8 @@ _TENSORBOARD_TAGS = {
     "data_wait_s": "speed/data_wait_s",
     "memory_gb": "memory/peak_gb",
     "skipped": "guard/skipped",
+    "skipped_total": "guard/skipped_total",
+    "rollbacks": "guard/rollbacks",
 }
 
 Metrics = Mapping[str, Any]
@@ -51,6 +53,7 @@ class RunLog:
 
     def __init__(self, run_dir: Path, config: Config, first_pair: int, enabled: bool = True) -> None:
         """Continue the records of ``run_dir`` after ``first_pair`` pairs; what was recorded beyond them is dropped."""
+        self._run_dir, self._with_tensorboard = run_dir, config.log.tensorboard
         self._every = config.log.every
         self._checkpoint_every = config.checkpoint.every
         self._total = config.train.pairs
@@ -67,9 +70,26 @@ class RunLog:
         if not enabled:
             return
         beat()
-        drop_later_lines(run_dir / METRICS, first_pair)
-        self._metrics = (run_dir / METRICS).open("ab", buffering=0)  # each line is out before the next pair begins
-        self._events = _continued_events(run_dir, first_pair) if config.log.tensorboard else None
+        self._open(first_pair)
+
+    def _open(self, first_pair: int) -> None:
+        drop_later_lines(self._run_dir / METRICS, first_pair)
+        self._metrics = (self._run_dir / METRICS).open("ab", buffering=0)  # each line is out before the next pair begins
+        self._events = _continued_events(self._run_dir, first_pair) if self._with_tensorboard else None
+
+    def _close(self) -> None:
+        self._metrics.close()
+        if self._events is not None:
+            self._events.close()
+
+    def rewind(self, pairs: int) -> None:
+        """Go back to where ``pairs`` pairs were recorded."""
+        if not self._enabled:
+            return
+        self._close()
+        self._open(pairs)
+        self._bar.n = pairs
+        self._bar.refresh()
 
     def __enter__(self) -> RunLog:
         return self
@@ -77,9 +97,7 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.close()
         if self._enabled:
-            self._metrics.close()
-            if self._events is not None:
-                self._events.close()
+            self._close()
 
     def pair(self, metrics: Metrics) -> None:
         """Record one pair (every ``log.every``-th and the last) and move the bar."""

@@ -106,6 +106,10 @@ class Saver:
             raise ToldByFirstRank(errors[0])
         return self._saved
 
+    def forget(self) -> None:
+        """The last checkpoint is not the run's any more."""
+        self._saved = None
+
     def join(self) -> None:
         """Let the thread come to its end, whatever that is."""
         if self._thread is not None:

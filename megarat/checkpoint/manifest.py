@@ -71,19 +71,26 @@ class CheckpointState:
     stream_hash: str = ""  # of all token ids consumed
     data_identity: str = ""  # SHA-256 of the index of the training shards
     optimizer_steps: int = 0
-    skipped: list[int] = field(default_factory=list)  # pairs (from 0) dropped for non-finite values
+    skipped: list[int] = field(default_factory=list)  # pairs (from 0) left out for bad numbers
     skipped_in_row: int = 0
+    guard: dict[str, Any] = field(default_factory=dict)  # what ``megarat.train.pair_guard`` remembers of earlier pairs
     random_state: dict[str, str] = field(default_factory=dict)  # device type -> generator state, base64
     parent: dict[str, Any] | None = None  # where the weights came from
     mesh: dict[str, int] = field(default_factory=dict)  # that wrote it; nothing in weights/ or optimizer/ depends on it
     versions: dict[str, str] = field(default_factory=dict)
     saved_at: str = ""  # UTC
 
+    @property
+    def passed_over(self) -> int:
+        """Global batches left out by going back to earlier checkpoints: pair n is trained on global batch n + ``passed_over``."""
+        return sum(at - to for at, to in self.guard.get("rollbacks", []))
+
     def to_json(self) -> str:
         """The text of ``state.json``; ``data`` and ``schedule`` repeat for readers what pair and config imply."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["config"] = self.config.to_dict()
-        values["data"] = {"next_sample": self.pair * self.config.train.global_batch, "seed": self.config.train.seed}
+        next_batch = self.pair + self.passed_over
+        values["data"] = {"next_sample": next_batch * self.config.train.global_batch, "seed": self.config.train.seed}
         values["schedule"] = {"next_pair": self.pair, "pairs": self.config.train.pairs}
         return json.dumps({"schema": SCHEMA_VERSION} | values, indent=2) + "\n"
 
@@ -95,6 +102,7 @@ class CheckpointState:
             tree = json.loads(path.read_text(encoding="utf-8"))
             if tree.get("schema") != SCHEMA_VERSION:
                 raise UserError(f"{path}: schema {tree.get('schema')!r}; this megarat reads schema {SCHEMA_VERSION}")
+            tree.setdefault("guard", {})  # older ones have none
             values = {item.name: tree[item.name] for item in dataclasses.fields(cls)}
         except FileNotFoundError:
             raise UserError(f"{path} is missing; {folder} is not a whole checkpoint") from None

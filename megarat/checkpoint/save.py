@@ -120,6 +120,15 @@ def prune(checkpoints: Path, keep: int, keep_every: int, protected: int | None =
     return removed
 
 
+def discard_newer(checkpoints: Path, kept: Path) -> None:
+    """Make ``kept`` the newest checkpoint: point ``latest`` at it and remove those of later pairs."""
+    with _disk_errors(checkpoints / LATEST):
+        replace_synced(checkpoints / LATEST, kept.name + "\n")
+        for folder in checkpoints.iterdir():
+            if (pair_of(folder) or 0) > (pair_of(kept) or 0):
+                _discard(folder)
+
+
 def remove_leftovers(checkpoints: Path) -> None:
     """Delete what interrupted saves and removals left behind. The caller holds the run's lock."""
     for prefix in (STAGING_PREFIX, DISCARDED_PREFIX):

@@ -17,7 +17,7 @@ from megarat.train.loop import train
 from megarat.train.run import Parent
 
 
-def adapt(config: Config, checkpoint: str | Path, sparse_pass: bool = False) -> Path:
+def adapt(config: Config, checkpoint: str | Path, sparse_pass: bool = False, verify_resume: bool = False) -> Path:
     """Adapt ``checkpoint`` (a checkpoint or run folder), or resume such a run from ``config.run.dir``; returns the last checkpoint.
 
     With ``sparse_pass`` every batch is also trained on under ``attention.train_dilation`` and its fellows, as in pretraining.
@@ -46,4 +46,4 @@ def adapt(config: Config, checkpoint: str | Path, sparse_pass: bool = False) -> 
         "content": checkpoints.identity(parent),
     }
 
-    return train(settings, "adapt", Parent(parent, provenance))
+    return train(settings, "adapt", Parent(parent, provenance), verify_resume)

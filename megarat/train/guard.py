@@ -1,4 +1,4 @@
-"""What may end a run before its last pair: a signal, the wall clock, another process on the same folder, numbers that are not finite."""
+"""What may end a run before its last pair, or keep it from its first: a signal, the wall clock, another process on the same folder."""
 
 from __future__ import annotations
 
@@ -80,25 +80,3 @@ def _holder(file: IO[str]) -> str:
         return f"process {holder['pid']} on {holder['host']}"
     except (ValueError, KeyError, TypeError):
         return "another process"
-
-
-class SkipCounter:
-    """Pairs dropped because a loss or gradient was not finite."""
-
-    def __init__(self, limit: int, skipped: list[int], in_row: int) -> None:
-        self.limit = limit
-        self.skipped = skipped
-        self.in_row = in_row
-
-    def record(self, pair: int, finite: bool) -> None:
-        """Count pair number ``pair`` (from 0). Raises ``UserError`` when too many in a row were dropped."""
-        if finite:
-            self.in_row = 0
-            return
-        self.skipped.append(pair)
-        self.in_row += 1
-        if self.in_row >= self.limit:
-            raise UserError(
-                f"{self.in_row} pairs in a row had a loss or gradient that is not finite (train.max_skipped = {self.limit}; the last "
-                f"is pair {pair + 1}); look at the losses and the data before it (a lower optim.lr needs a run.dir of its own)"
-            )

@@ -10,11 +10,14 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from megarat import comm
-from megarat.checkpoint.manifest import CheckpointState, pair_of
+from megarat.checkpoint.load import CHECKPOINTS, load_state
+from megarat.checkpoint.manifest import CheckpointState, folder_name, pair_of
+from megarat.checkpoint.save import discard_newer
 from megarat.config import Config
 from megarat.data.loader import PairBatch, chain
 from megarat.errors import StoppedEarly, UserError
@@ -22,69 +25,120 @@ from megarat.log import RunLog
 from megarat.mesh import DATA, start
 from megarat.model.flops import pair_flops_per_token, parameter_count, peak_flops
 from megarat.model.pattern import describe
-from megarat.train.guard import SkipCounter, StopRequest, run_lock
+from megarat.train.guard import StopRequest, run_lock
+from megarat.train.pair_guard import Decision, PairGuard, gone_back, mark_safe, record_event
 from megarat.train.run import Parent, Run, build
 from megarat.train.run_folder import open_run, record_start
 from megarat.train.schedule import learning_rate
 from megarat.train.step import PairResult, train_pair
+from megarat.train.stragglers import Stragglers
+from megarat.train.verify import verify
+from megarat.train.watchdog import Watchdog
 
 
-def pretrain(config: Config) -> Path:
+def pretrain(config: Config, verify_resume: bool = False) -> Path:
     """Train a model from scratch by sparse + dense pairs, or resume it from ``config.run.dir``; returns the last checkpoint.
 
     Raises ``StoppedEarly`` after a signal or the wall-clock limit, with a checkpoint from which the same call goes on;
     ``UserError`` for bad input, a run folder of another config, a damaged checkpoint, a full disk.
     """
-    return train(config, "pretrain")
+    return train(config, "pretrain", verify_resume=verify_resume)
 
 
-def train(config: Config, kind: str, parent: Parent | None = None) -> Path:
-    """Run the loop as ``kind`` ("pretrain" or "adapt"); a new run takes its weights from ``parent``, else random ones."""
+def train(config: Config, kind: str, parent: Parent | None = None, verify_resume: bool = False) -> Path:
+    """Run the loop as ``kind`` ("pretrain" or "adapt"); a new run takes its weights from ``parent``, else random ones.
+
+    With ``verify_resume`` a resumed run first trains one recorded pair again (``megarat.train.verify``).
+    """
     run_dir = Path(config.run.dir)
     mesh = start(config.run.device, config)
     with ExitStack() as stack:
         stack.enter_context(_full_disk(run_dir))
         comm.first_decides(lambda: _enter(run_dir, stack), mesh.world)
         stop = stack.enter_context(StopRequest(config.train.wall_clock_minutes).listening())
+        at_last = stack.enter_context(ExitStack())
+        watchdog = stack.enter_context(Watchdog(run_dir, mesh.rank, mesh.world_size, config.guard.hang_minutes).watching())
         resume = comm.first_decides(lambda: open_run(config, kind), mesh.world)
         if resume is not None and resume.state.pair >= config.train.pairs:
             if mesh.is_first:
                 print(f"{run_dir}: finished after {resume.state.pair} pairs; raise train.pairs to train on", file=sys.stderr)
             return resume.folder
         run = build(config, kind, mesh, resume, parent)
+        at_last.callback(run.saver.join)  # an error of training must not cut off a save that is under way
+        if verify_resume:
+            watchdog.beat("verifying the resume")
+            verify(run)
         if mesh.is_first:
             record_start(config)
-        stack.callback(run.saver.join)  # an error of training must not cut off a save that is under way
         log = stack.enter_context(RunLog(run_dir, config, run.state.pair, mesh.is_first))
         log.say(_headline(run))
-        return _loop(run, stop, log)
+        return _loop(run, stop, log, watchdog)
 
 
-def _loop(run: Run, stop: StopRequest, log: RunLog) -> Path:
+def _loop(run: Run, stop: StopRequest, log: RunLog, watchdog: Watchdog) -> Path:
     """Train pair after pair; returns the last checkpoint or raises ``StoppedEarly``. All ranks stop after the same pair."""
-    config, state, mesh = run.config, run.state, run.mesh
-    skips = SkipCounter(config.train.max_skipped, state.skipped, state.skipped_in_row)
-    clock = _Clock(run)
-    batches = cast("Generator[PairBatch]", run.loader.iterate(state.pair, config.data.prefetch))
-    with closing(batches):
-        while state.pair < config.train.pairs and not _asked_to_end(run, stop):
-            batch = clock.wait_for(batches)
-            lr = learning_rate(state.pair, config.train.pairs, config.optim)
-            result = train_pair(run.engine, batch.micro_batches, config.sparse_patterns, config.patterns, lr)
-            skips.record(state.pair, result.finite)
-            digest = comm.sum_wrapped(batch.digest, mesh.group(DATA), mesh.device)
-            _advance(state, batch.tokens, digest, skips.in_row)
-            log.pair(clock.metrics(batch, result, lr))
-            if state.pair % config.checkpoint.every == 0:
-                run.save()
+    guard, pairs = PairGuard(run.config), run.config.train.pairs
+    stragglers = Stragglers(run.engine.model.blocks, run.mesh, run.config.guard.slow_every)
+    while _train_on(run, stop, log, watchdog, guard, stragglers) is Decision.ROLL_BACK:
+        watchdog.beat("going back to a checkpoint")
+        _go_back(run, log, guard.why)
+    watchdog.beat("saving")
     saved = _finish_saving(run)
-    if state.pair < config.train.pairs:
-        reasons = [reason for reason in comm.gather_objects(stop.reason, mesh.world) if reason is not None]
+    if run.state.pair < pairs:
+        reasons = [reason for reason in comm.gather_objects(stop.reason, run.mesh.world) if reason is not None]
         raise StoppedEarly(
-            f"stopped after pair {state.pair} of {config.train.pairs} ({reasons[0]}); {saved} is complete, the same command goes on from it"
+            f"stopped after pair {run.state.pair} of {pairs} ({reasons[0]}); {saved} is complete, the same command goes on from it"
         )
-    log.say(f"{config.run.dir}: finished {state.pair} pairs, {state.tokens:,} tokens; {saved}")
+    log.say(f"{run.config.run.dir}: finished {run.state.pair} pairs, {run.state.tokens:,} tokens; {saved}")
     return saved
+
+
+def _train_on(run: Run, stop: StopRequest, log: RunLog, watchdog: Watchdog, guard: PairGuard, stragglers: Stragglers) -> Decision:
+    """Train until the last pair, a request to stop, or a decision to go back: the last pair's."""
+    config, state, mesh = run.config, run.state, run.mesh
+    clock, decision = _Clock(run), Decision.TRAINED
+    batches = cast("Generator[PairBatch]", run.loader.iterate(state.pair + state.passed_over, config.data.prefetch))
+    with closing(batches):
+        while decision is not Decision.ROLL_BACK and state.pair < config.train.pairs and not _asked_to_end(run, stop):
+            watchdog.beat(f"pair {state.pair + 1}")
+            with stragglers.watching(state.pair + 1):
+                batch = clock.wait_for(batches)
+                lr = learning_rate(state.pair, config.train.pairs, config.optim)
+                result = train_pair(
+                    run.engine, batch.micro_batches, config.sparse_patterns, config.patterns, lr, guard.judge(state)
+                )
+            decision = guard.record(state, result)
+            digest = comm.sum_wrapped(batch.digest, mesh.group(DATA), mesh.device)
+            _advance(state, batch.tokens, digest)
+            log.pair(metrics := clock.metrics(batch, result, lr))
+            if decision is not Decision.TRAINED:
+                _tell(run, log, "skipped", guard.why)
+            stragglers.report(state.pair, metrics["data_wait_s"], metrics["seconds"], partial(_tell, run, log, "slow"))
+            if state.pair % config.checkpoint.every == 0:
+                mark_safe(state)
+                watchdog.beat(f"saving after pair {state.pair}")
+                run.save()
+    return decision
+
+
+def _go_back(run: Run, log: RunLog, why: str) -> None:
+    """Go on from the checkpoint that the guard holds for safe, with the samples that come next now."""
+    folder = Path(run.config.run.dir) / CHECKPOINTS
+    run.saver.wait()
+    left = run.state
+    target = folder / folder_name(left.guard["safe"])
+    run.load(target, gone_back(left, comm.first_decides(lambda: load_state(target), run.mesh.world)))
+    comm.first_decides(lambda: discard_newer(folder, target), run.mesh.world)
+    run.saver.forget()
+    log.rewind(run.state.pair)
+    _tell(run, log, "went back", f"from pair {left.pair} to {target}, past {run.state.passed_over} global batches in all: {why}")
+
+
+def _tell(run: Run, log: RunLog, event: str, why: str) -> None:
+    """What a guard did, for whoever watches and for the record."""
+    if run.mesh.is_first:
+        record_event(Path(run.config.run.dir), event, run.state.pair, why=why)
+        log.say(f"pair {run.state.pair}: {event}: {why}")
 
 
 def _asked_to_end(run: Run, stop: StopRequest) -> bool:
@@ -106,12 +160,11 @@ def _finish_saving(run: Run) -> Path:
     return saved
 
 
-def _advance(state: CheckpointState, tokens: int, digest: int, skipped_in_row: int) -> None:
-    """Move counters and stream hash past a pair; a skipped pair has used its tokens and its place in the schedule, too."""
+def _advance(state: CheckpointState, tokens: int, digest: int) -> None:
+    """Move counters and stream hash past a pair; one that was left out has used its tokens and its place in the schedule, too."""
     state.pair += 1
     state.tokens += tokens
     state.stream_hash = chain(state.stream_hash, digest)
-    state.skipped_in_row = skipped_in_row
 
 
 def _enter(run_dir: Path, stack: ExitStack) -> None:
@@ -188,5 +241,7 @@ class _Clock:
             "memory_gb": self._run.engine.memory_gb(),
             "data_wait_s": self._waited,
             "seconds": seconds,
-            "skipped": not result.finite,
+            "skipped": not result.made,
+            "skipped_total": len(state.skipped),
+            "rollbacks": len(state.guard.get("rollbacks", [])),
         }

@@ -50,7 +50,24 @@ class Run:
         state, self.state.optimizer_steps = self.engine.state(), self.engine.steps
         self.state.random_state = _random_state()
         tokenizer = Path(self.config.data.primary) / "tokenizer"
-        self.saver.begin(Moment(self.state, state, self.engine.dtype, tokenizer if tokenizer.is_dir() else None))
+        self.saver.begin(
+            Moment(
+                self.state,
+                state,
+                self.engine.dtype,
+                tokenizer if tokenizer.is_dir() else None,
+                protected=self.state.guard.get("safe"),
+            )
+        )
+
+    def load(self, folder: Path, state: CheckpointState) -> None:
+        """Be where the checkpoint ``folder``, whose state is ``state``, was written."""
+        checkpoints.load_optimizer_into(folder, self.engine.state(), self.mesh.world)
+        self.engine.adopt(state.optimizer_steps)
+        _restore_random_state(state.random_state)
+        self.state = state
+        state.config = self.config
+        state.mesh = self.mesh.describe() | {"zero": self.config.parallel.zero}
 
 
 def build(config: Config, kind: str, mesh: Mesh, resume: Resume | None, parent: Parent | None) -> Run:
@@ -64,22 +81,18 @@ def build(config: Config, kind: str, mesh: Mesh, resume: Resume | None, parent: 
     if resume is None and parent is None:
         model.initialise(config.train.seed)
     engine = Engine(model, config, mesh)
-    if resume is not None:
-        state = resume.state
-        checkpoints.load_optimizer_into(resume.folder, engine.state(), mesh.world)
-        engine.adopt(state.optimizer_steps)
-        _restore_random_state(state.random_state)
-        state.config = config
-    else:
-        state = CheckpointState(kind, 0, 0, config, describe(config.patterns), precision, data_identity=data_identity)
-        if parent is not None:
-            checkpoints.load_weights_into(parent.folder, engine.state()[MASTER], mesh.world)
-            engine.adopt(0)
-            state.parent = parent.provenance
-    state.mesh = mesh.describe() | {"zero": config.parallel.zero}
     saver = Saver(Path(config.run.dir) / checkpoints.CHECKPOINTS, config.checkpoint, mesh.device)
     saver.prepare(engine.state())
-    return Run(config, mesh, engine, loader, state, resume.folder if resume else None, saver)
+    state = CheckpointState(kind, 0, 0, config, describe(config.patterns), precision, data_identity=data_identity)
+    state.mesh = mesh.describe() | {"zero": config.parallel.zero}
+    run = Run(config, mesh, engine, loader, state, resume.folder if resume else None, saver)
+    if resume is not None:
+        run.load(resume.folder, resume.state)
+    elif parent is not None:
+        checkpoints.load_weights_into(parent.folder, engine.state()[MASTER], mesh.world)
+        engine.adopt(0)
+        state.parent = parent.provenance
+    return run
 
 
 def _open_data(config: Config, mesh: Mesh) -> tuple[PairSource, str]:

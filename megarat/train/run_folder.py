@@ -2,7 +2,7 @@
 
 RUN/config.yaml         the resolved config of the last start
 RUN/environment.json    one entry a start: versions, hardware, commit and uncommitted changes, command line
-RUN/metrics.jsonl  RUN/tensorboard/  RUN/checkpoints/  RUN/lock
+RUN/metrics.jsonl  RUN/guard.jsonl  RUN/tensorboard/  RUN/checkpoints/  RUN/stacks/  RUN/lock
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _FREE_KEYS = frozenset(
         "train.pairs train.micro_batch train.wall_clock_minutes train.max_skipped"
     ).split()
 )
-_FREE_SECTIONS = ("checkpoint.", "log.", "parallel.")
+_FREE_SECTIONS = ("checkpoint.", "guard.", "log.", "parallel.")
 _PACKAGES = ("torch", "deepspeed", "triton", "numpy", "webdataset", "tensorboard")
 
 
@@ -128,7 +128,7 @@ def _check_same_run(run_dir: Path, before: Config, now: Config) -> None:
         raise UserError(
             f"run.dir {run_dir} belongs to a run with another config:\n  "
             + "\n  ".join(changed)
-            + "\nset these keys back to continue it, or give this run another run.dir (train.pairs may be raised; checkpoint.*, log.*, "
+            + "\nset these keys back to continue it, or give this run another run.dir (train.pairs may be raised; checkpoint.*, guard.*, log.*, "
             "parallel.*, train.micro_batch may change)"
         )
 

@@ -10,11 +10,14 @@ attention cannot see, the dense pass keeps attention good. Adaptation and plain 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from megarat.engine import Engine, MicroBatch, Update
 from megarat.model.pattern import Patterns
+
+SPARSE, DENSE = "sparse", "dense"  # the passes of a pair
 
 
 class PairResult(NamedTuple):
@@ -25,20 +28,32 @@ class PairResult(NamedTuple):
 
     @property
     def finite(self) -> bool:
+        """Whether all losses and gradients of the pair were finite."""
+        return all(update.finite for update in (self.sparse, self.dense) if update is not None)
+
+    @property
+    def made(self) -> bool:
         """Whether every update of the pair was made."""
-        return self.dense is not None and self.dense.finite
+        return self.dense is not None and self.dense.made
 
 
 def train_pair(
-    engine: Engine, micro_batches: Sequence[MicroBatch], sparse: Patterns | None, dense: Patterns, lr: float
+    engine: Engine,
+    micro_batches: Sequence[MicroBatch],
+    sparse: Patterns | None,
+    dense: Patterns,
+    lr: float,
+    accept: Callable[[str, float, float], bool] | None = None,
 ) -> PairResult:
     """Train on one global batch: sparse update, then dense update; the dense one alone when ``sparse`` is None.
 
-    A non-finite sparse update ends the pair, weights untouched. After a non-finite dense update the (finite) sparse one stands.
+    ``accept(pass, loss, norm)`` may refuse an update before it is made; one that is not finite is never made. A bad sparse update ends the
+    pair, weights untouched. After a bad dense update the (good) sparse one stands.
     """
+    of_sparse, of_dense = (None if accept is None else functools.partial(accept, which) for which in (SPARSE, DENSE))
     sparse_update = None
     if sparse is not None:
-        sparse_update = engine.update(micro_batches, sparse, lr)
-        if not sparse_update.finite:
+        sparse_update = engine.update(micro_batches, sparse, lr, of_sparse)
+        if not sparse_update.made:
             return PairResult(sparse_update, None)
-    return PairResult(sparse_update, engine.update(micro_batches, dense, lr))
+    return PairResult(sparse_update, engine.update(micro_batches, dense, lr, of_dense))

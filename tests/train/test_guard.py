@@ -1,4 +1,4 @@
-"""Requests to stop, the lock of a run folder, the count of skipped pairs."""
+"""Requests to stop, the lock of a run folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 import pytest
 
 from megarat.errors import UserError
-from megarat.train.guard import SkipCounter, StopRequest, run_lock
+from megarat.train.guard import StopRequest, run_lock
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -61,12 +61,3 @@ def test_a_folder_in_use_is_refused_and_a_dead_holder_leaves_no_lock(tmp_path):
     assert json.loads((tmp_path / "lock").read_text())["pid"] == holder.pid  # stale, as after a crash
     with run_lock(tmp_path):
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
-
-
-def test_skipped_pairs_are_counted_and_too_many_in_a_row_stop_the_run():
-    skips = SkipCounter(limit=3, skipped=[], in_row=0)
-    for pair, finite in enumerate([True, False, False, True, False, False]):
-        skips.record(pair, finite)
-    assert skips.skipped == [1, 2, 4, 5] and skips.in_row == 2
-    with pytest.raises(UserError, match=r"3 pairs in a row .*train.max_skipped = 3; the last is pair 7"):
-        skips.record(6, False)

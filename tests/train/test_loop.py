@@ -280,7 +280,7 @@ def test_a_damaged_checkpoint_is_no_fresh_start(begun, shards):
         pretrain(config(begun, shards, train={"pairs": 2}))
 
 
-@pytest.mark.parametrize("kilobytes", [4, 40, 330])
+@pytest.mark.parametrize("kilobytes", [4, 40, 450])
 def test_a_full_disk_at_any_time_of_a_run_is_reported(mesh, shards, tmp_path, kilobytes):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -290,7 +290,7 @@ def test_a_full_disk_at_any_time_of_a_run_is_reported(mesh, shards, tmp_path, ki
     try:
         with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
             pretrain(config(disk, shards, train={"pairs": 20}, checkpoint={"every": 1}, log={"tensorboard": True}))
-        if kilobytes == 330:  # room for the first checkpoint
+        if kilobytes == 450:  # room for the first checkpoint and whatever is recorded while it is written
             assert "good" in checkpoints.verify(disk)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
