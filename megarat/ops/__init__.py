@@ -9,6 +9,7 @@ from megarat.ops.decode_attention import cache_slots, cache_write, decode_attent
 from megarat.ops.dilated_attention import dilated_attention, visible
 from megarat.ops.fp8_linear import fp8_linear, fp8_missing
 from megarat.ops.gated_scan import ScanState, gated_scan
+from megarat.ops.gelu import gelu_and_gradient, gelu_linear
 from megarat.ops.output_gate import output_gate
 from megarat.ops.rms_norm import add_rms_norm, rms_norm
 from megarat.ops.rotary import apply_rotary, rotary_tables
@@ -27,6 +28,8 @@ __all__ = [
     "fp8_missing",
     "gate_step",
     "gated_scan",
+    "gelu_and_gradient",
+    "gelu_linear",
     "linear_cross_entropy",
     "output_gate",
     "partial_statistics",

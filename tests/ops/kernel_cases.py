@@ -24,6 +24,7 @@ from megarat.ops import (
     decode_step,
     dilated_attention,
     gated_scan,
+    gelu_and_gradient,
     linear_cross_entropy,
     output_gate,
     rms_norm,
@@ -387,6 +388,18 @@ def test_norm_and_its_gradients_match_float64(dtype):
 
     found = run(False, lambda x, w: rms_norm(x, w, backend="triton"))
     assert_close(found, run(True, lambda x, w: x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w), dtype, outputs=1)
+
+
+# --- gelu ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_and_its_gradient_match_float64(dtype):
+    x, dy = (3 * torch.randn(2, 7, 5, 333, device=DEVICE)).to(dtype)
+    wide = x.double().requires_grad_()
+    expected = torch.nn.functional.gelu(wide)
+    (expected_d,) = torch.autograd.grad(expected, wide, dy.double())
+    assert_close(gelu_and_gradient(x, dy, backend="triton"), (expected, expected_d), dtype, outputs=1)
 
 
 # --- rotary -------------------------------------------------------------------------------------------------------------------
