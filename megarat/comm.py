@@ -5,6 +5,7 @@
     gather_along       a slice of ``dim`` -> all of it        backward: sum, keep own slice (partner: reduce_scatter_along)
     reduce_scatter_along  partial sums -> own slice of sum    backward: gather the slices   (partner: gather_along)
     swap_slices        own slice of one dim, all of another -> the reverse          (its own partner, dims exchanged)
+    to_next            x goes to the next rank, the first gets zeros                backward: to the rank before
 
 The group is an argument; ``None`` and a group of one rank are the identity, without a branch in the caller. n below is the group's size
 and |x| the bytes of the whole tensor; every rank sends about what is named. ``start_*`` are collectives without gradients that run while
@@ -58,6 +59,11 @@ def reduce_scatter_along(x: Tensor, group: ProcessGroup | None, dim: int) -> Ten
 def swap_slices(x: Tensor, group: ProcessGroup | None, split: int, join: int) -> Tensor:
     """Cut ``split`` over the ranks and join ``join``, of which each rank held a slice. |x| (n-1)/n^2 either way (all-to-all)."""
     return x if size(group) == 1 else _SwapSlices.apply(x, group, split, join)
+
+
+def to_next(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Hand x on: each rank gets that of the rank before it, the first one zeros. |x| either way, x one rank's."""
+    return torch.zeros_like(x) if group is None or size(group) == 1 else _ToNext.apply(x, group)
 
 
 # ---- the forwards, without gradients ----------------------------------------------------------------------------------------------
@@ -118,6 +124,21 @@ def _swapped(x: Tensor, group: ProcessGroup, split: int, join: int) -> Tensor:
     received = torch.empty_like(slices)
     distributed.all_to_all_single(received, slices, group=group)
     return received.movedim(0, join).flatten(join, join + 1)
+
+
+def _handed_on(x: Tensor, group: ProcessGroup, by: int) -> Tensor:
+    """Each rank's x to the rank ``by`` further on; zeros where none comes."""
+    sent, received = [0] * size(group), [0] * size(group)
+    target, source = rank(group) + by, rank(group) - by
+    if 0 <= target < size(group):
+        sent[target] = x.numel()
+    if 0 <= source < size(group):
+        received[source] = x.numel()
+    result = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    distributed.all_to_all_single(
+        result.flatten()[: sum(received)], x.contiguous().flatten()[: sum(sent)], received, sent, group=group
+    )
+    return result
 
 
 class _CopyTo(torch.autograd.Function):
@@ -182,6 +203,19 @@ class _SwapSlices(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The same with the dims exchanged."""
         return _swapped(gradient, ctx.group, ctx.join, ctx.split), None, None, None
+
+
+class _ToNext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        """What the rank before has."""
+        ctx.group = group
+        return _handed_on(x, group, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """What the next rank did with it."""
+        return _handed_on(gradient, ctx.group, -1), None
 
 
 # ---- agreement between processes ----------------------------------------------------------------------------------------------------

@@ -133,14 +133,11 @@ class RATPlusMixer(nn.Module):
         document_ids_BT: Tensor | None = None,
     ) -> Tensor:
         """Attention over the visible keys, output gate and output projection: (B, T, C)."""
-        o_BTHK, q_BTHK, k_BTHK, v_BTHK = self.context.to_heads(o_BTHK, q_BTHK, k_BTHK, v_BTHK)
-        first = self.first_head + self.context.rank * q_BTHK.shape[2]
-        own_heads = slice(first, first + q_BTHK.shape[2])
-        patterns = pattern[0].pattern if len(pattern) == 1 else pattern.per_head[own_heads]
-        mixed = cast(
-            Tensor, dilated_attention(q_BTHK, k_BTHK, v_BTHK, patterns, output_gate_BTHK=o_BTHK, document_ids_BT=document_ids_BT)
-        )
-        return self.out_proj(self.context.to_tokens(mixed).flatten(-2))
+        patterns = pattern.per_head[self.first_head : self.first_head + self.heads]
+        if self.context.size > 1:
+            return self.out_proj(self.context.attend(o_BTHK, q_BTHK, k_BTHK, v_BTHK, patterns).flatten(-2))
+        mixed = dilated_attention(q_BTHK, k_BTHK, v_BTHK, patterns, output_gate_BTHK=o_BTHK, document_ids_BT=document_ids_BT)
+        return self.out_proj(cast(Tensor, mixed).flatten(-2))
 
 
 def document_starts(document_ids_BT: Tensor) -> Tensor:

@@ -92,8 +92,8 @@ _HEADS, _HIDDEN = 4, 64  # heads of 16 channels, the smallest that the GPU kerne
 
 
 def settings(case: Case, seed: int = 0, device: str = "cpu") -> Config:
-    """The run of a case: heads of one layer under different patterns, clipping on."""
-    per_head = ["dense", "D=4", "D=2,W=3", "D=-1,W=5,I=2"]
+    """The run of a case: heads of two layers under different patterns, of one of them all sparse; clipping on."""
+    mixed, sparse = ["dense", "D=4", "D=2,W=3", "D=-1,W=5,I=2"], ["D=4,W=1,I=2", "D=2,W=3", "D=-1,W=5,I=2", "D=2,W=3"]
     shape = case.shape
     layers = max(2, shape.pipeline)
     return from_dict(
@@ -101,12 +101,12 @@ def settings(case: Case, seed: int = 0, device: str = "cpu") -> Config:
             "run": {"dir": "none", "device": device},
             "model": {"layers": layers, "hidden": _HIDDEN, "heads": _HEADS, "vocab": 64, "init_std": 0.1},
             "attention": {
-                "pattern": [per_head] + ["dense"] * (layers - 1),
+                "pattern": [mixed, sparse] + ["dense"] * (layers - 2),
                 "train_dilation": 4,
                 "train_window": 2,
                 "train_initial": 1,
             },
-            "data": {"shards": "none", "sequence_length": 16},
+            "data": {"shards": "none", "sequence_length": 32},
             "train": {"global_batch": _GLOBAL_BATCH, "micro_batch": case.micro_batch, "seed": seed, "precision": "fp32"},
             "optim": {"lr": LR, "clip": 0.5, "eps": EPS},
             "parallel": {
