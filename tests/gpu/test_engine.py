@@ -18,14 +18,7 @@ from megarat.infer.sampling import GREEDY, Sampling  # noqa: E402
 from megarat.model.lm import RATPlusLM  # noqa: E402
 
 SHAPE = ModelConfig(layers=2, hidden=128, heads=2, vocab=150, init_std=0.2)
-READINGS = [
-    "dense",
-    "D=16",
-    "D=4,W=8,I=2",
-    "D=-1,W=16,I=4",
-    [["D=4", "D=8,W=3,I=1"], ["dense", "D=16"]],
-    "D=8 + topk blocks=3,size=8",
-]
+READINGS = ["dense", "D=4,W=8,I=2", [["D=4", "D=8,W=3,I=1"], ["dense", "D=16"]], "D=8 + topk blocks=3,size=8"]
 
 
 class Bytes:
