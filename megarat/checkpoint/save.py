@@ -89,7 +89,8 @@ def save_imported(
     told: Mapping[str, Any],
     tokenizer: Path | None = None,
 ) -> Path:
-    """Write foreign weights, as fp32, into the new checkpoint folder ``out``; ``told`` is the source's own ``pattern`` and ``step``.
+    """Write foreign weights, as fp32, into the new checkpoint folder ``out``; ``told`` is the source's own ``pattern`` and ``step``
+    and perhaps ``sequence_length``.
 
     Raises ``UserError`` when ``out`` exists, the tokenizer does not, or the disk refuses.
     """
@@ -99,6 +100,7 @@ def save_imported(
         raise UserError(f"--tokenizer {tokenizer}: no such file or folder")
     config = Config(model=model)
     config.attention.pattern = told["pattern"]
+    config.data.sequence_length = told.get("sequence_length") or config.data.sequence_length
     config.run.dir, config.data.shards = str(out), "(imported weights: name the data)"
     parent = {"kind": "import", "path": str(source.resolve()), **told}
     state = CheckpointState("import", int(told.get("step") or 0), 0, config, describe(config.patterns), "fp32", parent=parent)

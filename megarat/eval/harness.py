@@ -6,11 +6,12 @@ The harness is an optional extra (`pip install megarat[eval]`) and imported only
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,16 +71,27 @@ def run_harness(scorer: Scorer, pattern: str, tasks: Sequence[str], folder: Path
         from lm_eval.tasks import TaskManager
 
         _fill_definitions(folder, tasks, Path(lm_eval.__file__).parent, Path(work))
-        found = lm_eval.simple_evaluate(
-            model=_as_harness_model(scorer),
-            tasks=list(tasks),
-            limit=limit,
-            bootstrap_iters=1000,
-            log_samples=False,
-            task_manager=TaskManager(include_path=str(Path(work) / "tasks"), include_defaults=False),
-        )
+        with _without_ranks():
+            found = lm_eval.simple_evaluate(
+                model=_as_harness_model(scorer),
+                tasks=list(tasks),
+                limit=limit,
+                bootstrap_iters=1000,
+                log_samples=False,
+                task_manager=TaskManager(include_path=str(Path(work) / "tasks"), include_defaults=False),
+            )
     seconds = (time.perf_counter() - start) / len(tasks)
     return [_row(pattern, task, found, seconds) for task in tasks]
+
+
+@contextlib.contextmanager
+def _without_ranks() -> Iterator[None]:
+    """The harness gives its results to the first of a launcher's processes only; here each process has a task of its own."""
+    hidden = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _fill_definitions(folder: Path, tasks: Sequence[str], lm_eval: Path, work: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,15 @@ def test_a_limit_takes_the_first_items(published, prepared):
     scorer = Scorer(published, Reading(resolve("dense", 2, 2)), Bytes(), batch=4, max_length=256)
     [piqa] = run_harness(scorer, "dense", ["piqa"], prepared, limit=4)
     assert piqa.samples == 4
+
+
+@needs_harness
+def test_every_process_of_a_launcher_gets_its_own_results(published, prepared, monkeypatch):
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    scorer = Scorer(published, Reading(resolve("dense", 2, 2)), Bytes(), batch=4, max_length=256)
+    [piqa] = run_harness(scorer, "dense", ["piqa"], prepared)
+    assert piqa.samples == 9 and os.environ["LOCAL_RANK"] == "1"
 
 
 def test_missing_data_are_named_with_their_place(prepared):
