@@ -4,6 +4,7 @@ Ops know neither ranks nor models: tensors and patterns (dilation, window, initi
 the references everywhere (see `ops.dispatch`).
 """
 
+from megarat.ops.accumulate import accumulate_
 from megarat.ops.cross_entropy import Statistics, linear_cross_entropy, partial_statistics
 from megarat.ops.decode_attention import cache_slots, cache_write, decode_attention, decode_step, gate_step
 from megarat.ops.dilated_attention import dilated_attention, visible
@@ -17,6 +18,7 @@ from megarat.ops.rotary import apply_rotary, rotary_tables
 __all__ = [
     "ScanState",
     "Statistics",
+    "accumulate_",
     "add_rms_norm",
     "apply_rotary",
     "cache_slots",
