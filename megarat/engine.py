@@ -37,7 +37,7 @@ from megarat.mesh import ENDS, MODEL, REPLICAS, TENSOR, Mesh
 from megarat.model import names
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import Patterns
-from megarat.ops import fp8_missing
+from megarat.ops import accumulate_, fp8_missing
 from megarat.parallel.fragments import Fragments, cut, gather
 
 # Inputs and labels, and the document of each token where documents are kept apart; (b, T) int64 each; label -100 is ignored.
@@ -427,7 +427,7 @@ def _add_gradient(optimizer: Any, weight: Tensor, group: int, index: int, clear_
     if weight.grad is None:
         return
     total = optimizer.fp32_groups_gradients[group][index]
-    total.add_(weight.grad.view(total.shape))
+    accumulate_(total, weight.grad.contiguous())
     weight._hp_grad = total  # type: ignore[attr-defined]  # where DeepSpeed looks for the gradients of tied weights
     optimizer.fp32_groups_has_gradients[group][index] = True
     if clear_lp_grads:
