@@ -1,9 +1,10 @@
 """``megarat plan``: what a run will need, before it is queued: memory by part, time, pipeline bubble, checkpoints, better meshes.
 
 Everything is arithmetic on the config; nothing is started. Bytes of a parameter and of an activation are counted from what the model and
-DeepSpeed's optimizers keep (below); one run was measured against them: 1.5B parameters, one H200, bf16, ZeRO 1, 2 x 4096 tokens, 54 GB.
-Speed is the counted arithmetic (``megarat.model.flops``) at an efficiency: an estimate, or that of a run on the same kind of GPU
-(``--measured RUN``). Communication is not hidden behind arithmetic: that is how DeepSpeed's bf16 optimizer works.
+DeepSpeed's optimizers keep (below). Speed is made of the rates measured on one such GPU (``megarat.rates``: the benchmark table), part by
+part; where there are none, or with ``--measured RUN``, it is the counted arithmetic (``megarat.model.flops``) at an efficiency: an estimate,
+or that run's. Communication is not hidden behind arithmetic: that is how DeepSpeed's bf16 optimizer works. ``docs/scaling.md`` holds
+what was measured against what is calculated here.
 
 Letters: P parameters, L layers, C width, N tokens of a micro-batch on one rank, V vocabulary; p, d, c, t ranks along pipeline, data,
 context and tensor. GB is 10^9 bytes.
@@ -20,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megarat import mesh
+from megarat import mesh, rates
 from megarat.config import Config, ModelConfig
 from megarat.errors import UserError
 from megarat.log import METRICS
 from megarat.mesh import Shape
-from megarat.model.flops import pair_flops_per_token, parameter_count
+from megarat.model.flops import pair_flops_per_token, parameter_count, training_flops_per_token, visible_pairs
+from megarat.rates import Rates
 
 GB = 1e9
 
@@ -56,8 +58,14 @@ _DISK = 2e9  # bytes/s into a shared file system, all ranks together
 
 # Bytes that one token keeps for the backward in one layer, in units of C, in bf16. Not split by tensor parallelism: both inputs of the
 # norms (residual, fp32: 8) and their outputs (4). Split: o q k v g (10), rotated q (2), recurred k and v (4), attention's output, the
-# sigmoid of its gate and their product (6), FFN before and after GELU (4 x ffn_multiple).
-_WHOLE, _SPLIT_MIXER = 12, 22
+# product with its gate (4), FFN before and after GELU (4 x ffn_multiple).
+_WHOLE, _SPLIT_MIXER = 12, 20
+
+# What a step does beside products, attention and scan, taken from a profile of the 1.5B model on an H200 (benchmarks/profile.csv): bytes that
+# norms, GELU, gates, rotary and copies move for each token, layer, channel and pass; those of adding one weight's gradient to its fp32 sum;
+# those of its clipping and AdamW; and the seconds that the GPU waits for the next kernel, for each layer, pass and micro-batch.
+_ELEMENTWISE_BYTES, _ADD_BYTES, _UPDATE_BYTES, _WAIT_S = 215.0, 18.0, 34.0, 0.2e-3
+_SELECTIVE_BYTES = 40.0  # that parallel.recompute=selective adds to the first
 
 
 @dataclass(frozen=True)
@@ -86,8 +94,9 @@ class Plan:
     shape: Shape
     gpu: Gpu | None  # None: CPUs, of which neither memory nor speed is predicted
     memory: Memory
-    efficiency: float
-    efficiency_source: str
+    efficiency: float  # of the peak, where there are no rates
+    speed_source: str
+    rates: Rates | None = None
 
     @property
     def fits(self) -> bool:
@@ -110,11 +119,17 @@ class Plan:
         return self.config.train.global_batch * self.config.data.sequence_length
 
     def compute_seconds(self, gpu: Gpu) -> float:
-        """Arithmetic of a pair, the bubble included."""
+        """Work of a pair on the GPUs themselves, the bubble included."""
+        return sum(self.compute_parts(gpu).values()) / (1 - self.bubble)
+
+    def compute_parts(self, gpu: Gpu) -> dict[str, float]:
+        """Seconds of a pair, by what is done, without the bubble."""
+        if self.rates is not None:
+            return step_seconds(self.config, self.shape, self.rates)
         rate = self.shape.size * gpu.flops * self.efficiency
         if self.config.parallel.recompute == "full":
             rate *= 3 / 4  # another forward beside forward and backward (twice as much)
-        return self.tokens_per_pair * pair_flops_per_token(self.config) / rate / (1 - self.bubble)
+        return {"arithmetic": self.tokens_per_pair * pair_flops_per_token(self.config) / rate}
 
     def communication_seconds(self, gpu: Gpu) -> dict[str, float]:
         """Seconds of a pair on the links, by what travels."""
@@ -134,8 +149,10 @@ def make_plan(config: Config, gpus: int, gpu: str = "H200", measured: str | Path
     if gpu != CPU and gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: known are {', '.join(GPUS)} and {CPU}")
     shape = mesh.check(config, gpus)
-    efficiency, source = (EFFICIENCY, "estimate") if measured is None else (measured_mfu(Path(measured)), f"measured: {measured}")
-    return Plan(config, shape, GPUS.get(gpu), memory(config, shape), efficiency, source)
+    known = rates.measured(gpu) if measured is None and config.train.precision != "fp32" else None
+    efficiency = EFFICIENCY if measured is None else measured_mfu(Path(measured))
+    source = "estimate" if measured is None else f"measured: {measured}"
+    return Plan(config, shape, GPUS.get(gpu), memory(config, shape), efficiency, known.source if known else source, known)
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------------------------
@@ -147,8 +164,7 @@ def memory(config: Config, shape: Shape) -> Memory:
     data = shape.data * shape.context  # ranks over which ZeRO splits its state
     zero, wide = config.parallel.zero, config.train.precision == "fp32"
     width = 4 if wide else 2
-    low_gradients = 0 if wide else 2  # ZeRO 1 in bf16 keeps the model's own gradients beside those it accumulates in fp32
-    gradients = {1: low_gradients + 4, 2: 4 / data, 3: 4 / data}[zero] * parameters
+    gradients = (4 if zero == 1 else 4 / data) * parameters  # in fp32: each of the model's own goes as soon as it is added
     buckets = 0 if zero == 1 else min(parameters, _BUCKET) * width * 2
     return Memory(
         weights=width * parameters / (data if zero == 3 else 1),
@@ -212,6 +228,33 @@ def checkpoint_bytes(config: Config) -> float:
 
 
 # ---- time --------------------------------------------------------------------------------------------------------------------------
+
+
+def step_seconds(config: Config, shape: Shape, known: Rates) -> dict[str, float]:
+    """Seconds of a pair on one rank, by what is done, at measured rates. The ranks of a group share a layer's work evenly."""
+    model, length = config.model, config.data.sequence_length
+    passes = [config.patterns] if config.sparse_patterns is None else [config.sparse_patterns, config.patterns]
+    tokens = float(config.train.global_batch * length)
+    share = tokens / shape.size  # of all the work on tokens
+    micro_batches = config.train.global_batch // (config.train.micro_batch * shape.data)
+    weights = stage_parameters(model, shape)
+    matrices = len(passes) * training_flops_per_token(model, (), length)  # no layer's pattern: without attention
+    attention = sum(
+        len(group.heads) * model.head_dim * (known.attention_s + known.visible_s * visible_pairs(group.pattern, length) / length)
+        for patterns in passes for layer in patterns for group in layer
+    )  # fmt: skip
+    channels = len(passes) * model.layers * model.hidden
+    moved = _ELEMENTWISE_BYTES + (_SELECTIVE_BYTES if config.parallel.recompute == "selective" else 0)
+    again = 4 / 3 if config.parallel.recompute == "full" else 1.0
+    return {
+        "matrix products": again * share * matrices / known.matmul,
+        "attention": again * share * attention,
+        "scan": again * share * channels * known.scan_s * model.recurrence,
+        "elementwise": again * share * channels * moved / known.copy,
+        "adding gradients": len(passes) * micro_batches * weights * _ADD_BYTES / known.copy,
+        "optimizer": len(passes) * weights * _UPDATE_BYTES / (shape.data * shape.context) / known.copy,
+        "launches": again * len(passes) * micro_batches * _WAIT_S * -(-model.layers // shape.pipeline),
+    }
 
 
 def communication_seconds(config: Config, shape: Shape, gpu: Gpu) -> dict[str, float]:
@@ -313,7 +356,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
     if plan.gpu is not None:
         values |= {"pair_seconds": plan.pair_seconds(plan.gpu), "tokens_per_s": plan.tokens_per_second(plan.gpu)}
-        values["efficiency"] = {"mfu": plan.efficiency, "source": plan.efficiency_source}
+        done = pair_flops_per_token(plan.config) * plan.tokens_per_second(plan.gpu)
+        values["efficiency"] = {"mfu": done / (plan.shape.size * plan.gpu.flops), "source": plan.speed_source}
     return values
 
 
@@ -345,10 +389,12 @@ def _memory_lines(plan: Plan) -> list[str]:
 def _time_lines(plan: Plan, gpu: Gpu, tokens: float | None) -> list[str]:
     rate = plan.tokens_per_second(gpu)
     total = tokens or float(plan.config.train.pairs * plan.tokens_per_pair)
-    parts = {"arithmetic": plan.compute_seconds(gpu), **plan.communication_seconds(gpu)}
-    rows = [f"  {name:<22} {seconds:8.3f} s" for name, seconds in parts.items()]
+    work = plan.compute_parts(gpu)
+    parts = {**work, "waiting in the bubble": plan.compute_seconds(gpu) - sum(work.values()), **plan.communication_seconds(gpu)}
+    rows = [f"  {name:<22} {seconds:8.3f} s" for name, seconds in parts.items() if seconds > 0]
+    how = "rates" if plan.rates else f"arithmetic at {plan.efficiency:.0%} of the peak"
     return [
-        f"a pair, both passes (arithmetic at {plan.efficiency:.0%} of the peak, {plan.efficiency_source}; links calculated):",
+        f"a pair, both passes ({how}: {plan.speed_source}; links calculated):",
         *rows,
         f"  {'pair':<22} {plan.pair_seconds(gpu):8.3f} s, pipeline bubble {plan.bubble:.1%}",
         f"  {rate:,.0f} tokens/s, {rate / plan.shape.size:,.0f} a GPU; {total:.3g} tokens take {total / rate / 86400:.3g} days",

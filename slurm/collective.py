@@ -20,6 +20,7 @@ from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what a broken link makes libraries say is of no use, and long
 import torch
 from torch import distributed
 

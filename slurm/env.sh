@@ -37,7 +37,12 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=1       # a lost peer ends the other rank
 export TORCH_NCCL_DUMP_ON_TIMEOUT=1            # and leaves a trace of what each was doing
 
 # ---- the check of every node before each start --------------------------------------------------------------------------------------
-# export MEGARAT_HEALTH=off                    # no check
+# export MEGARAT_HEALTH=node                   # each node alone; off: no check; full (the default): also an all-reduce over all ranks
+# export MEGARAT_HEALTH_SECONDS=120            # that this all-reduce may take, once the ranks have imported what they need
 # export MEGARAT_HEALTH_COMMAND="dcgmi diag -r 1"    # the site's own, run on every node as well; the node is bad when it fails
 
-export MEGARAT_PYTHON MEGARAT_RANK_WAIT
+# ---- a job that hangs ---------------------------------------------------------------------------------------------------------------
+# Seconds without a sign of life after which the ranks are killed and the job is requeued. A start, a pair and a checkpoint must be shorter.
+: "${MEGARAT_HANG:=1800}"
+
+export MEGARAT_PYTHON MEGARAT_RANK_WAIT MEGARAT_HANG

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-EXIT_OK, EXIT_GAVE_UP, EXIT_REFUSED, EXIT_STOPPED = 0, 1, 2, 75
+EXIT_OK, EXIT_GAVE_UP, EXIT_REFUSED, EXIT_HUNG, EXIT_STOPPED = 0, 1, 2, 70, 75
 DONE, REFUSED, STOPPED, DIED, HUNG, LOST, UNHEALTHY = "done", "refused", "stopped", "died", "hung", "lost", "unhealthy"
 _AT_WORK = (DIED, HUNG, LOST)  # failures of the command, which may lie in what it was doing
 _FAILURES = (*_AT_WORK, UNHEALTHY)  # what uses up retries
@@ -113,13 +113,14 @@ class History:
 
 
 def progress(run_dir: Path) -> int | None:
-    """The last pair in the run's ``metrics.jsonl``, or how many items an evaluation there has done; None where neither is."""
+    """The last pair in the run's ``metrics.jsonl``; else how many files an evaluation or a build of shards has done; None without any."""
     try:
         with (run_dir / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             tail = file.read().splitlines()
     except OSError:
-        return sum(1 for _ in run_dir.glob("work/*/*.json")) or None
+        unfinished = run_dir.parent / f".{run_dir.name.removesuffix('-build')}.partial"  # of data_tools.build_shards
+        return sum(1 for _ in (*run_dir.glob("work/*/*.json"), *unfinished.rglob("*"))) or None
     for line in reversed(tail):
         try:
             return int(json.loads(line)["pair"])

@@ -28,7 +28,7 @@ class Job:
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         self.nodes = os.environ.get("SLURM_JOB_NODELIST", "")
         self.num_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
-        self.ranks = int(os.environ.get("SLURM_NTASKS", 1))
+        self.ranks = int(os.environ.get("SLURM_NTASKS", self.num_nodes))  # without a number of tasks, srun starts one a node
         self.gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
 
     def is_ending(self) -> bool:

@@ -122,7 +122,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def build_data(arguments: argparse.Namespace) -> None:
-    """Text to shards."""
+    """Text to shards; inputs and options of data_tools.build_shards follow after ``--``."""
+    if not arguments.rest:
+        raise Refused("data needs inputs and options of data_tools.build_shards after --, such as: -- text/ --tokenizer FILE")
     out = Path(arguments.target).absolute()
     site, _ = prepare(arguments, Path(f"{out}-build"), None)
     site.sbatch("data.sbatch", [str(out), *arguments.rest], f"data-{out.name}", Path(f"{out}-build/slurm/%x-%j.out"))
@@ -275,8 +277,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--retries", type=int, default=5, help="failures that a job may have (default: 5)")
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="passed on to sbatch; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="check, copy, and print the sbatch commands without running them")
-    parser.add_argument("rest", nargs="*", help="for data: inputs and options of data_tools.build_shards, after --")
-    arguments = parser.parse_args()
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)  # argparse does not take what follows options for one more argument
+    arguments = parser.parse_args(given[:end])
+    arguments.rest = given[end + 1 :]
     arguments.ranks = arguments.ranks or arguments.gpus_per_node or 1
     return arguments
 

@@ -6,6 +6,7 @@
     0                       the job is done
     2                       bad input: the job fails, the message is in its log; starting again would not help
     75                      stopped on request, with a checkpoint: requeued, the same command goes on
+    70                      a rank found that it hangs, and left its stacks in RUN_DIR/stacks; counts as died
     anything else           died: requeued, within the budget of retries; twice in a row at the same pair: the job fails and says so
     no sign of life         for MEGARAT_HANG seconds: stacks are asked for, the ranks are killed; counts as died
     nothing (node lost)     counts as died; Slurm has requeued the job itself
@@ -32,6 +33,7 @@ from types import FrameType
 from history import (
     DIED,
     DONE,
+    EXIT_HUNG,
     EXIT_OK,
     EXIT_REFUSED,
     EXIT_STOPPED,
@@ -126,7 +128,7 @@ def classify(code: int, asked: int | None) -> str:
     """The kind of ending that srun's exit code means; a rank may be hit by a signal before it listens to it."""
     if asked is not None and code in (128 + asked, 128 + signal.SIGUSR1):
         return STOPPED
-    return {EXIT_OK: DONE, EXIT_REFUSED: REFUSED, EXIT_STOPPED: STOPPED}.get(code, DIED)
+    return {EXIT_OK: DONE, EXIT_REFUSED: REFUSED, EXIT_HUNG: HUNG, EXIT_STOPPED: STOPPED}.get(code, DIED)
 
 
 def main() -> int:

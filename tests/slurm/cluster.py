@@ -3,8 +3,11 @@
 Why the odd lines are there:
 - munge refuses a socket below a folder that only root may enter, so key and socket lie in different folders;
 - ``config_overrides`` lets a node declare more cores and memory than this machine has; nothing is enforced, scripts for large nodes run as they are;
-- a requeued job waits ``cred_expire`` + 1 s, of which 5 s is the least that is honoured;
+- a requeued job waits ``cred_expire`` + 1 s: little enough for tests, enough for a step to start on a busy machine;
 - each slurmd has its own host name and its own ``/etc/hosts``, so that ``n1`` means the first node inside jobs.
+
+Nothing here depends on how fast the machine is: Slurm finds no node dead by its own clock (``SlurmdTimeout``), and gives jobs all the time they
+need to end (``KillWait``); tests that need either say so to Slurm.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "unshare")
 INSTALL = "apt-get install --no-install-recommends slurm-wlm munge slurm-wlm-basic-plugins"
@@ -30,7 +34,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={base}/run/munge.socket,cred_expire=5
+AuthInfo=socket={base}/run/munge.socket,cred_expire=8
 CredType=cred/munge
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
@@ -52,18 +56,34 @@ SlurmdPidFile={base}/run/slurmd-%n.pid
 SlurmctldLogFile={base}/log/slurmctld.log
 SlurmdLogFile={base}/log/slurmd-%n.log
 SlurmctldPort={port}
-SlurmdTimeout=10
-KillWait=5
-UnkillableStepTimeout=15
+SlurmdTimeout=3600
+SlurmctldTimeout=3600
+MessageTimeout=60
+KillWait=30
+UnkillableStepTimeout=120
 MinJobAge=3600
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port={first}-{last} CPUs=8 Boards=1 SocketsPerBoard=1 CoresPerSocket=8 \
-ThreadsPerCore=1 RealMemory=32000 State=UNKNOWN
-PartitionName=debug Nodes=n[1-{nodes}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1
-PartitionName=high Nodes=n[1-{nodes}] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=DEFAULT MaxTime=INFINITE State=UP PriorityTier=1
 """
+
+NODE = (
+    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} Weight={weight} CPUs=32 Boards=1 SocketsPerBoard=1 CoresPerSocket=32 "
+    "ThreadsPerCore=1 RealMemory=32000 State=UNKNOWN\n"
+)
+NODES = 6
+
+# Partition -> its nodes (those of low number are taken first) and options. Each of the last four has a node that something happens to.
+PARTITIONS = {
+    "debug": ("n[1-2],n6", "Default=YES"),
+    "lost": ("n[3,6]", ""),
+    "low": ("n4", ""),
+    "high": ("n4", "PriorityTier=10 PreemptMode=OFF"),
+    "cut": ("n[1-2],n5", ""),
+}
+PATIENCE = 300  # seconds that anything may take: the difference between a busy machine and a fault
+CUT = "n5"  # the node whose name service leads nowhere: its ranks reach nobody, themselves included
 
 
 def reason_against() -> str | None:
@@ -81,8 +101,8 @@ def reason_against() -> str | None:
 class Cluster:
     """A running Slurm; ``environment`` is what its clients need."""
 
-    def __init__(self, base: Path, nodes: int) -> None:
-        self.base, self.nodes = base, nodes
+    def __init__(self, base: Path) -> None:
+        self.base = base
         self.environment = {"SLURM_CONF": str(base / "etc/slurm.conf"), "PATH": _path()}
 
     def start(self) -> None:
@@ -92,47 +112,71 @@ class Cluster:
         self.base.chmod(0o755)  # munge wants its socket reachable
         (self.base / "key").chmod(0o700)
         self._write("key/munge.key", os.urandom(1024)).chmod(0o400)
-        port, host = _free_ports(self.nodes + 1), socket.gethostname().partition(".")[0]
-        text = CONF.format(host=host, base=self.base, port=port, first=port + 1, last=port + self.nodes, nodes=self.nodes)
-        self._write("etc/slurm.conf", text.encode())
-        names = "".join(f"127.0.0.1 n{node}\n" for node in range(1, self.nodes + 1))
-        self._write("etc/hosts", (Path("/etc/hosts").read_text() + names).encode())
+        nodes = [f"n{number}" for number in range(1, NODES + 1)]
+        self._write("etc/slurm.conf", self._configuration(nodes).encode())
+        for file, address in (("hosts", "127.0.0.1"), ("hosts-cut", "192.0.2.1")):  # of the latter nobody answers, by RFC 5737
+            names = "".join(f"{address} {node}\n" for node in nodes)
+            self._write(f"etc/{file}", (Path("/etc/hosts").read_text() + names).encode())
         run, key, log = self.base / "run", self.base / "key", self.base / "log"
         self._daemon(
             "munged", f"--key-file={key}/munge.key", f"--socket={run}/munge.socket", f"--pid-file={run}/munged.pid",
             f"--log-file={log}/munged.log", f"--seed-file={key}/munged.seed",
         )  # fmt: skip
         self._daemon("slurmctld")
-        for node in range(1, self.nodes + 1):
-            self.start_node(f"n{node}")
-        wait_until(lambda: self._idle_nodes() == self.nodes, 20, "the nodes of the test cluster to be idle")
+        for node in nodes:
+            self._start_node(node)
+        wait_until(lambda: self._idle_nodes() == set(nodes), 120, "the nodes of the test cluster to be idle")
 
-    def start_node(self, name: str) -> None:
+    def _configuration(self, nodes: list[str]) -> str:
+        port, host = _free_ports(len(nodes) + 1), socket.gethostname().partition(".")[0]
+        text = CONF.format(host=host, base=self.base, port=port)
+        for number, node in enumerate(nodes, 1):
+            text += NODE.format(name=node, host=host, port=port + number, weight=number)
+        for name, (members, options) in PARTITIONS.items():
+            text += f"PartitionName={name} Nodes={members} {options}\n"
+        return text
+
+    def _start_node(self, name: str) -> None:
         """Start the slurmd of one virtual node, in its own host name and ``/etc/hosts``."""
-        script = f"hostname {name} && mount --bind {self.base}/etc/hosts /etc/hosts && exec slurmd -N {name}"
+        hosts = self.base / ("etc/hosts-cut" if name == CUT else "etc/hosts")
+        script = f"hostname {name} && mount --bind {hosts} /etc/hosts && exec slurmd -N {name}"
         self._daemon("unshare", "--uts", "--mount", "bash", "-c", script)
 
     def lose_node(self, node: str) -> None:
         """Kill everything on a virtual node at once, as a power failure does: all that shares its slurmd's host name."""
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, so that none sees another one die
+            for pid in self.processes(node):
+                os.kill(pid, number)
+        self.command(
+            "scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost"
+        )  # as Slurm does when it gives up waiting
+
+    def processes(self, node: str) -> list[int]:
+        """All processes of a virtual node."""
         own = _host_namespace(Path("/proc") / (self.base / f"run/slurmd-{node}.pid").read_text().strip())
         assert own, f"{node} is not running"
-        pids = [int(process.name) for process in Path("/proc").glob("[0-9]*") if _host_namespace(process) == own]
-        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, so that none sees another one die
-            for pid in pids:
-                os.kill(pid, number)
+        return [int(process.name) for process in Path("/proc").glob("[0-9]*") if _host_namespace(process) == own]
+
+    def script_daemon(self, node: str, job: str) -> int:
+        """The slurmstepd of a node that started a job's script."""
+        titles = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in self.processes(node)}
+        return next(pid for pid, title in titles.items() if title.startswith(f"slurmstepd: [{job}.batch]".encode()))
 
     def stop(self) -> None:
         """Cancel what runs, then end the daemons by their pid files and wait until they are gone."""
         if (self.base / "run/slurmctld.pid").exists():
+            self.command("scancel", "--user=root", "--full", "--signal=KILL", check=False)  # not as patient as a cancelled job is
             self.command("scancel", "--user=root", check=False)
             with contextlib.suppress(TimeoutError):
-                wait_until(lambda: not self.command("squeue", "-h", check=False), 15, "all jobs to end")
+                wait_until(lambda: not self.command("squeue", "-h", check=False), 30, "all jobs to end")
         for pattern in ("slurmd-*.pid", "slurmctld.pid", "munged.pid"):
             _end([int(path.read_text()) for path in (self.base / "run").glob(pattern)])
 
-    def command(self, *arguments: str, check: bool = True, env: Mapping[str, str] = os.environ) -> str:
-        """Standard output of a Slurm command."""
-        done = subprocess.run(arguments, env={**env, **self.environment}, capture_output=True, text=True, timeout=60)
+    def command(self, *arguments: str, check: bool = True, changes: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Standard output of a Slurm command, with ``changes`` to its environment."""
+        done = subprocess.run(
+            arguments, env={**os.environ, **self.environment, **changes}, capture_output=True, text=True, timeout=120
+        )
         assert not check or done.returncode == 0, f"{arguments}: {done.stderr}"
         return done.stdout.strip()
 
@@ -145,17 +189,17 @@ class Cluster:
         pairs = [item.partition("=") for item in self.command("scontrol", "-o", "show", "job", job).split()]
         return next((value for key, _, value in pairs if key == name), "")
 
-    def wait_for_state(self, job: str, *states: str, seconds: float = 60) -> str:
+    def wait_for_state(self, job: str, *states: str, seconds: float = PATIENCE) -> str:
         """Wait until a job is in one of ``states``."""
         what = f"job {job} to be {' or '.join(states)}"
         wait_until(lambda: self.state(job) in states, seconds, what, lambda: self.command("scontrol", "show", "job", job))
         return self.state(job)
 
-    def _idle_nodes(self) -> int:
-        return self.command("sinfo", "-h", "-N", "-p", "debug", "-o", "%T", check=False).split().count("idle")
+    def _idle_nodes(self) -> set[str]:
+        return set(self.command("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).split())
 
     def _daemon(self, *arguments: str) -> None:
-        subprocess.run(arguments, env={**os.environ, **self.environment}, check=True, timeout=20, stdout=subprocess.DEVNULL)
+        subprocess.run(arguments, env={**os.environ, **self.environment}, check=True, timeout=60, stdout=subprocess.DEVNULL)
 
     def _write(self, name: str, content: bytes) -> Path:
         path = self.base / name
@@ -164,10 +208,10 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running(nodes: int) -> Iterator[Cluster]:
+def running() -> Iterator[Cluster]:
     """A cluster for the length of the block, in a folder of its own (munge refuses those of pytest, which only root may enter)."""
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as base:
-        cluster = Cluster(Path(base), nodes)
+        cluster = Cluster(Path(base))
         try:
             cluster.start()
             yield cluster
@@ -175,13 +219,20 @@ def running(nodes: int) -> Iterator[Cluster]:
             cluster.stop()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float, what: str, explain: Callable[[], str] = str) -> None:
-    """Poll until ``condition`` holds. Raises ``TimeoutError`` that says what was waited for."""
+def wait_until(
+    condition: Callable[[], object], seconds: float, what: str, explain: Callable[[], str] = str, poll: float = 0.2
+) -> None:
+    """Look every ``poll`` seconds until ``condition`` holds. Raises ``TimeoutError`` that says what was waited for."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {seconds:g} s for {what}\n{explain()}")
-        time.sleep(0.2)
+        time.sleep(poll)
+
+
+def parent(pid: int) -> int:
+    """Who started a process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def history(run_dir: Path) -> list[dict]:

@@ -2,21 +2,23 @@ from __future__ import annotations
 
 import cluster as slurm
 import pytest
+import standin
 
 
 @pytest.fixture(scope="session")
 def cluster():
-    """Four virtual nodes of a real Slurm, started once; skipped with the reason where there can be none."""
+    """The virtual nodes of a real Slurm, started once; skipped with the reason where there can be none."""
     if reason := slurm.reason_against():
         pytest.skip(f"no Slurm here: {reason}")
-    with slurm.running(nodes=4) as running:
-        yield running
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_ranks_in_the_environment():
-    """A job inherits the environment of whoever submits it, and this process may have started a mesh of one rank before."""
     with pytest.MonkeyPatch.context() as patch:
+        # A job inherits the environment of whoever submits it, and this process may have started a mesh of one rank before.
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             patch.delenv(name, raising=False)
-        yield
+        with slurm.running() as running:
+            yield running
+
+
+@pytest.fixture(scope="session")
+def jobs(cluster, tmp_path_factory) -> dict[str, standin.Submitted]:
+    """The jobs of the stand-in, by what happens to them."""
+    return standin.submit_all(cluster, tmp_path_factory.mktemp("stand-in"))

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import tiny_run
-from cluster import history, wait_until
+from cluster import PATIENCE, history, parent, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megarat.config import Config
 from megarat.status import read
 
-SUBMIT = Path(__file__).resolve().parents[2] / "slurm/submit.py"
+ROOT = Path(__file__).resolve().parents[2]
 TIMINGS = ("tokens_per_s", "memory_gb", "data_wait_s", "seconds")
-PAIRS = 200
-PATIENCE = 240  # seconds; a busy machine takes a minute to import what training needs on several ranks at once
+PAIRS = 160
 PATTERNS = {"dense": "dense", "D=4,W=0,I=0": "D4-W0-I0", "D=4,W=3,I=2": "D4-W3-I2"}  # pattern -> its run folder
+MANY = [f"D={dilation}" for dilation in range(2, 14)]  # enough of them that an evaluation can be met at its work
 
 
 class Runs(NamedTuple):
     """Folders and jobs of everything that is submitted at the start of the module."""
 
     base: Path
-    stopped: str  # job of the run that is stopped and killed, on two nodes
-    whole: str  # of the same run without that
-    chain: dict[str, str]  # job ids by kind
+    jobs: dict[str, str]  # by the names that submit.py gives them
 
 
 def tiny(base: Path, run: str, **changes) -> Config:
@@ -39,95 +39,172 @@ def tiny(base: Path, run: str, **changes) -> Config:
     return tiny_run.config(run={"dir": str(base / run)}, data={"shards": str(base / "shards")}, train=train, **changes)
 
 
-def pairs_of(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
-
-
-def recorded(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
 def submit(cluster, base: Path, *arguments: str, check: bool = True) -> str:
-    """Standard output and error of submit.py."""
-    command = [sys.executable, str(SUBMIT), *arguments, "--time=30:00"]
-    environment = {**os.environ, **cluster.environment, "MEGARAT_RANK_WAIT": "30"}
+    """Standard output and error of submit.py; the check of ranks together costs seconds a start, so not all have it."""
+    options, dashes, rest = (list(arguments), [], []) if "--" not in arguments else _split(list(arguments))
+    command = [sys.executable, str(ROOT / "slurm/submit.py"), *options, "--time=60:00", *dashes, *rest]
+    environment = {"MEGARAT_HEALTH": "node", **os.environ, **cluster.environment, "MEGARAT_RANK_WAIT": "20"}
     done = subprocess.run(command, cwd=base, env=environment, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
 
-def job_in(printed: str, name: str) -> str:
-    return printed.split(f"{name}: job ")[1].split(",")[0]
+def _split(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
+    place = arguments.index("--")
+    return arguments[:place], ["--"], arguments[place + 1 :]
+
+
+def job_of(printed: str) -> dict[str, str]:
+    """Job ids by name, from what submit.py printed."""
+    return dict(re.findall(r"^(\S+): job (\d+),", printed, re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
-def runs(cluster, tmp_path_factory) -> Runs:
+def runs(cluster, jobs, tmp_path_factory) -> Runs:
+    """``jobs``, which mostly wait, are in the queue before these, which mostly work."""
     base = tmp_path_factory.mktemp("life")
     tiny_run.write_shards(base / "shards")
-    tiny_run.write_shards(base / "held-out", seed=1)
+    tiny_run.write_shards(base / "held-out", tokens=20000, seed=1)
     (base / "held-out/train").rename(base / "shards/validation")
-    for run in ("stopped", "whole"):
-        settings = tiny(base, run, checkpoint={"every": 20}, log={"tensorboard": True})
+    (base / "text.txt").write_text("\n\n".join(f"A paragraph that is number {number}." for number in range(200)))
+    tokenizer = write_tokenizer(base / "tiny.model")
+    for run in ("stopped", "hurt", "whole"):
+        settings = tiny(base, run, checkpoint={"every": 10}, log={"tensorboard": True})
         (base / f"{run}.yaml").write_text(settings.to_yaml())
     short = {"train": {"pairs": 4}}
     (base / "pretrain.yaml").write_text(tiny(base, "pretrain", **short).to_yaml())
     (base / "adapt.yaml").write_text(tiny(base, "adapted", **short).to_yaml())
-    stopped, whole = (
-        job_in(submit(cluster, base, "pretrain", f"{run}.yaml", "--nodes=2"), f"pretrain-{run}") for run in ("stopped", "whole")
-    )
+    submitted: dict[str, str] = {}
+    for run in ("hurt", "stopped", "whole"):
+        submitted |= job_of(submit(cluster, base, "pretrain", f"{run}.yaml", "--nodes=2"))
     patterns = [option for pattern in PATTERNS for option in ("--pattern", pattern)]
-    printed = submit(cluster, base, "pretrain", "pretrain.yaml", "--chain", "adapt.yaml", *patterns)
-    names = ("pretrain-pretrain", "adapt-adapted", "eval-adapted", "report-adapted")
-    return Runs(base, stopped, whole, {name.partition("-")[0]: job_in(printed, name) for name in names})
+    submitted |= job_of(submit(cluster, base, "pretrain", "pretrain.yaml", "--chain", "adapt.yaml", *patterns))
+    many = [option for pattern in MANY for option in ("--pattern", pattern)]
+    after = f"--sbatch=--dependency=afterok:{submitted['pretrain-pretrain']}"
+    submitted |= job_of(submit(cluster, base, "eval", "pretrain", *many, "--out", "scores", after))
+    submitted |= job_of(
+        submit(cluster, base, "data", "corpus", "--", "text.txt", "--tokenizer", str(tokenizer), "--workers", "1")
+    )
+    return Runs(base, submitted)
+
+
+def test_a_run_killed_at_its_start_in_a_save_and_without_its_step_daemon_goes_on_exactly(cluster, runs):
+    run, job = runs.base / "hurt", runs.jobs["pretrain-hurt"]
+    os.kill(second_rank(run), signal.SIGKILL)  # as soon as there is one: it has imported next to nothing
+    wait_until(lambda: len(starts(run)) == 2, PATIENCE, "the second start")
+    wait_until(
+        lambda: recorded(run) > 20 and list((run / "checkpoints").glob(".staging-*")),
+        PATIENCE,
+        "a checkpoint to be written",
+        poll=0.002,
+    )
+    os.kill(second_rank(run), signal.SIGKILL)
+    wait_until(lambda: len(starts(run)) == 3, PATIENCE, "the third start")
+    killed_at = recorded(run)
+    wait_until(lambda: recorded(run) > killed_at + 10, PATIENCE, "10 more pairs")
+    rank = second_rank(run)
+    os.kill(rank, signal.SIGSTOP)  # neither rank gets on
+    daemon = parent(rank)
+    os.kill(daemon, signal.SIGKILL)
+    wait_until(lambda: parent(rank) != daemon, PATIENCE, "the daemon to be gone")
+    time.sleep(2.5)  # longer than the rank takes between two looks at its parent: it does not get another pair done
+    os.kill(rank, signal.SIGCONT)
+    cluster.wait_for_state(job, "COMPLETED", "FAILED")
+    kinds = [kind for kind, _ in endings(run, job)]
+    assert kinds == ["died", "died", "died", "done"], kinds
+    cluster.wait_for_state(runs.jobs["pretrain-whole"], "COMPLETED", "FAILED")
+    assert endings(runs.base / "whole", runs.jobs["pretrain-whole"]) == [("done", PAIRS)]
+    assert pairs_of(run) == pairs_of(runs.base / "whole")  # every loss, norm and hash of the stream, bit for bit
 
 
 def test_stopped_and_killed_a_run_goes_on_exactly_and_a_second_one_is_refused(cluster, runs, monkeypatch):
-    run = runs.base / "stopped"
+    run, job = runs.base / "stopped", runs.jobs["pretrain-stopped"]
     wait_until((run / "lock").exists, PATIENCE, "the run to begin")
-    second = job_in(submit(cluster, runs.base, "pretrain", "stopped.yaml"), "pretrain-stopped")
     wait_until(lambda: recorded(run) > 30, PATIENCE, "30 pairs")
     os.kill(holder(run), signal.SIGSTOP)  # the run waits until the second one has met it
-    cluster.wait_for_state(second, "FAILED", "COMPLETED", seconds=PATIENCE)
+    second = job_of(submit(cluster, runs.base, "pretrain", "stopped.yaml"))["pretrain-stopped"]
+    cluster.wait_for_state(second, "FAILED", "COMPLETED")
     os.kill(holder(run), signal.SIGCONT)
     assert cluster.field(second, "ExitCode") == "2:0" and cluster.field(second, "Restarts") == "0"
     log = next((run / "slurm").glob(f"*-{second}.out")).read_text()
     assert "is in use by process" in log and "not requeued" in log
 
-    cluster.command("scancel", "--signal=USR1", "--batch", runs.stopped)
-    wait_until(lambda: len(endings(run, runs.stopped)) == 1, PATIENCE, "the run to stop")
-    stopped_at = endings(run, runs.stopped)[0][1]
-    wait_until(lambda: recorded(run) > stopped_at + 30, PATIENCE, "30 more pairs")
+    cluster.command("scancel", "--signal=USR1", "--batch", job)
+    wait_until(lambda: len(endings(run, job)) == 1, PATIENCE, "the run to stop")
+    stopped_at = endings(run, job)[0][1]
+    wait_until(lambda: recorded(run) > stopped_at + 20, PATIENCE, "20 more pairs")
+    os.kill(holder(run), signal.SIGSTOP)  # so that it still runs while it is looked at
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    monkeypatch.setenv("PATH", cluster.environment["PATH"])
     status = read(run)
     assert status.restarts >= 1 and status.pairs == PAIRS and status.checkpoint
-    assert status.jobs[runs.stopped].startswith("RUNNING on n[1-2], ") and "of its limit left" in status.jobs[runs.stopped]
+    assert status.jobs[job].startswith("RUNNING on n[1-2], ") and "of its limit left" in status.jobs[job]
     os.kill(second_rank(run), signal.SIGKILL)
-    for job in (runs.stopped, runs.whole):
-        cluster.wait_for_state(job, "COMPLETED", "FAILED", seconds=PATIENCE)
-    assert [kind for kind, _ in endings(run, runs.stopped)] == ["stopped", "died", "done"]
+    os.kill(holder(run), signal.SIGCONT)
+    for name in ("stopped", "whole"):
+        cluster.wait_for_state(runs.jobs[f"pretrain-{name}"], "COMPLETED", "FAILED")
+    assert [kind for kind, _ in endings(run, job)] == ["stopped", "died", "done"]
+    assert pairs_of(run) == pairs_of(runs.base / "whole")
 
-    assert endings(runs.base / "whole", runs.whole) == [("done", PAIRS)]
-    assert pairs_of(run) == pairs_of(runs.base / "whole")  # every loss, norm and hash of the stream, bit for bit
 
-
-def test_tensorboard_has_each_step_once(runs):
-    events = EventAccumulator(str(runs.base / "stopped/tensorboard"), size_guidance={"scalars": 0})
+@pytest.mark.parametrize("run", ["stopped", "hurt"])
+def test_tensorboard_has_each_step_once_in_one_file(cluster, runs, run):
+    cluster.wait_for_state(runs.jobs[f"pretrain-{run}"], "COMPLETED", "FAILED")
+    assert len(list((runs.base / run / "tensorboard").iterdir())) == 1
+    events = EventAccumulator(str(runs.base / run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    assert [event.step for event in events.Scalars("loss/dense")] == list(range(1, PAIRS + 1))
+    losses = [(event.step, event.value) for event in events.Scalars("loss/dense")]
+    assert losses == [(line["pair"], pytest.approx(line["loss_dense"], rel=1e-6)) for line in pairs_of(runs.base / run)]
+    assert [step for step, _ in losses] == list(range(1, PAIRS + 1))
+
+
+def test_an_evaluation_stopped_and_killed_at_its_work_keeps_what_is_done(cluster, runs):
+    scores, job = runs.base / "scores", runs.jobs["eval-scores"]
+    for how in (signal.SIGUSR1, signal.SIGKILL):
+        before = pieces(scores)
+        wait_until(lambda before=before: pieces(scores) > before, PATIENCE, "a piece of work", poll=0.002)
+        rank = rank_of("--out", str(scores))
+        os.kill(rank, signal.SIGSTOP)  # it cannot come to its end meanwhile
+        if how == signal.SIGUSR1:
+            cluster.command("scancel", "--signal=USR1", "--batch", job)
+            wait_until(lambda: "SIGUSR1" in log_of(scores), PATIENCE, "the supervisor to pass the signal on")
+            os.kill(rank, signal.SIGCONT)
+            wait_until(lambda: len(endings(scores, job)) == 1, PATIENCE, "the evaluation to stop")
+        else:
+            os.kill(rank, signal.SIGKILL)
+    cluster.wait_for_state(job, "COMPLETED", "FAILED")
+    assert [kind for kind, _ in endings(scores, job)] == ["stopped", "died", "done"]
+    done = [count for _, count in endings(scores, job)]
+    assert 0 < done[0] < done[1] < done[2]
+    printed = subprocess.run(
+        [sys.executable, "-m", "megarat", "eval", str(runs.base / "pretrain"), "--out", str(runs.base / "again"), "--pattern", MANY[3]],
+        check=True, capture_output=True, text=True, cwd=ROOT,
+    ).stdout  # fmt: skip
+    results = json.loads((scores / "results.json").read_text())["tasks"]["ppl"]
+    assert [row["pattern"] for row in results] == [f"{pattern},W=0,I=0" for pattern in MANY]
+    assert f"| {results[3]['loss']:.4f} |" in printed
+
+
+def test_a_corpus_is_built_by_a_job(cluster, runs):
+    cluster.wait_for_state(runs.jobs["data-corpus"], "COMPLETED", "FAILED")
+    from data_tools.build_shards import Options, build
+
+    build([runs.base / "text.txt"], runs.base / "tiny.model", runs.base / "same", Options(), workers=1, progress=False)
+    for part in ("train", "validation"):
+        files = {path.name: path.read_bytes() for path in (runs.base / "corpus" / part).iterdir()}
+        assert files == {path.name: path.read_bytes() for path in (runs.base / "same" / part).iterdir()} and files
 
 
 def test_one_command_ends_in_a_report_of_all_patterns(cluster, runs):
-    cluster.wait_for_state(runs.chain["report"], "COMPLETED", "FAILED", seconds=PATIENCE)
+    cluster.wait_for_state(runs.jobs["report-adapted"], "COMPLETED", "FAILED")
     report = (runs.base / "adapted/report.md").read_text()
     for pattern in PATTERNS:
         assert f"| {pattern} | 4 |" in report
     for folder in PATTERNS.values():
         results = json.loads((runs.base / f"adapted/{folder}/eval/results.json").read_text())
         assert f"{results['tasks']['ppl'][0]['loss']:.4f}" in report
-    parent = json.loads(next((runs.base / "adapted/D4-W0-I0/checkpoints").glob("pair_*/state.json")).read_text())["parent"]
-    assert parent["path"].startswith(str(runs.base / "pretrain/checkpoints"))
+    parent_of = json.loads(next((runs.base / "adapted/D4-W0-I0/checkpoints").glob("pair_*/state.json")).read_text())["parent"]
+    assert parent_of["path"].startswith(str(runs.base / "pretrain/checkpoints"))
 
 
 def test_what_a_submission_leaves_in_the_run_folder(runs):
@@ -145,21 +222,68 @@ def test_a_run_that_cannot_be_is_not_submitted(cluster, runs):
     assert "sbatch: " in submit(cluster, runs.base, "pretrain", "pretrain.yaml", "--sbatch=--partition=none", check=False)
 
 
+def write_tokenizer(path: Path) -> Path:
+    """A SentencePiece model of a few hundred entries, which knows every byte."""
+    import sentencepiece
+
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a paragraph that has some words"] * 20), model_writer=file, vocab_size=280, model_type="bpe",
+            byte_fallback=True, minloglevel=2,
+        )  # fmt: skip
+    return path
+
+
+def pairs_of(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+def recorded(run: Path) -> int:
+    """Lines of the metrics: pairs done, but for those that a resumed start has dropped."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def pieces(out: Path) -> int:
+    return len(list(out.glob("work/*/*.json")))
+
+
+def log_of(run: Path) -> str:
+    return next((run / "slurm").glob("*.out")).read_text()
+
+
+def starts(run: Path) -> list[dict]:
+    return [line for line in history(run) if line["event"] == "start"]
+
+
 def holder(run: Path) -> int:
     """The process that holds the run's lock: its first rank."""
     return int(json.loads((run / "lock").read_text())["pid"])
 
 
 def second_rank(run: Path) -> int:
-    """The process of rank 1."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            arguments, environment = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
-        except OSError:  # it has just ended, or is nobody's business
-            continue
-        if b"SLURM_PROCID=1" in environment and f'run.dir="{run}"'.encode() in arguments:
-            return int(process.name)
-    raise AssertionError(f"{run} has no second rank")
+    """The process of rank 1 of a run, as soon as there is one."""
+    return rank_of(f'run.dir="{run}"', rank=1)
+
+
+def rank_of(*words: str, rank: int = 0) -> int:
+    """The process of a rank with these words in its command line, as soon as there is one."""
+    found: list[int] = []
+
+    def look() -> bool:
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                arguments, environment = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+            except OSError:  # it has just ended, or is nobody's business
+                continue
+            is_rank = f"SLURM_PROCID={rank}".encode() in environment and b"slurm/launch.py" in b" ".join(arguments)
+            if is_rank and all(word.encode() in arguments for word in words):
+                found.append(int(process.name))
+        return bool(found)
+
+    wait_until(look, PATIENCE, f"rank {rank} of {words[-1]}")
+    return found[0]
 
 
 def endings(run: Path, job: str) -> list[tuple[str, int]]:

@@ -2,99 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import sys
-from pathlib import Path
-from typing import NamedTuple
 
-import pytest
-from cluster import history, wait_until
-
-ROOT = Path(__file__).resolve().parents[2]
-
-# Each start takes the next line of RUN/script: a pair to record, then an exit code, or "save" (and exit 75), or "listen" (for a signal, then save).
-STAND_IN = """
-import json, os, pathlib, re, signal, sys, time
-run = pathlib.Path(re.search('"(.*)"', sys.argv[-1])[1])
-lines = (run / "script").read_text().split("\\n")
-pair, ending = lines[int(os.environ.get("SLURM_RESTART_COUNT", 0))].split()
-def save(*_):
-    time.sleep(2)
-    (run / "checkpoints" / f"pair_{int(pair):08d}").mkdir(parents=True, exist_ok=True)
-    sys.exit(75)
-for number in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(number, save)
-with open(run / "metrics.jsonl", "a") as file:
-    file.write(json.dumps({"pair": int(pair)}) + "\\n")
-if ending == "listen":
-    (run / f"listening-{os.environ['SLURM_PROCID']}").touch()
-    time.sleep(100)
-if ending == "save":
-    save()
-sys.exit(int(ending))
-"""
-
-
-class Submitted(NamedTuple):
-    job: str
-    run: Path
-
-    @property
-    def endings(self) -> list[tuple[str, int]]:
-        return [(line["kind"], line["pair"]) for line in history(self.run) if line["event"] == "end"]
-
-    @property
-    def log(self) -> str:
-        return (self.run / "job.out").read_text()
-
-    def listens(self, ranks: int = 1) -> None:
-        wait_until(lambda: len(list(self.run.glob("listening-*"))) == ranks, 60, f"{self.run} to listen")
-
-
-# What the starts of each run do, and options of its job. They are submitted together, for most of their time goes by in the queue.
-SCENARIOS: dict[str, tuple[list[str], dict[str, str]]] = {
-    "dies twice": (["3 1", "5 1", "5 1", "9 0"], {}),
-    "dies often": (["1 1", "2 1", "3 1", "4 0"], {"MEGARAT_RETRIES": "2"}),
-    "refused": (["0 2", "9 0"], {}),
-    "USR1": (["4 listen", "8 0"], {"options": "--nodes=2 --ntasks-per-node=2"}),
-    "TERM": (["4 listen", "8 0"], {}),
-    "time limit": (["4 listen", "8 0"], {"options": "--nodelist=n1 --time=1 --signal=B:USR1@55"}),
-    "preempted": (["4 listen", "8 0"], {"options": "--nodelist=n4 --exclusive"}),
-    "node lost": (["4 listen", "8 0"], {"options": "--exclude=n1,n2"}),
-    "cancelled": (["4 listen", "8 0"], {}),
-    "unhealthy": (["9 0", "9 0"], {"options": "--nodes=2 --exclude=n3", "MEGARAT_HEALTH_COMMAND": 'test "$SLURMD_NODENAME" != n2'}),
-    "stalls": (["4 save", "4 save", "4 save", "9 0"], {}),
-    "checkpoint gone": (["4 listen", "9 0"], {}),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def jobs(cluster, tmp_path_factory) -> dict[str, Submitted]:
-    """All scenarios as jobs of pretrain.sbatch, from a tree with the repository's slurm folder and the stand-in."""
-    base = tmp_path_factory.mktemp("runs")
-    shutil.copytree(ROOT / "slurm", base / "tree/slurm")
-    (base / "tree/megarat").mkdir()
-    (base / "tree/megarat/__main__.py").write_text(STAND_IN)
-    submitted = {}
-    for name, (script, changes) in SCENARIOS.items():
-        run = base / name
-        (run / "checkpoints").mkdir(parents=True)
-        (run / "script").write_text("\n".join(script))
-        settings = {"MEGARAT_ROOT": str(base / "tree"), "MEGARAT_PYTHON": sys.executable, "MEGARAT_RANK_WAIT": "10", **changes}
-        options = ["--parsable", f"--chdir={base}", f"--output={run}/job.out", *settings.pop("options", "--nodelist=n1").split()]
-        job = cluster.command(
-            "sbatch", *options, str(base / "tree/slurm/pretrain.sbatch"), str(run), "config.yaml", env={**os.environ, **settings}
-        )
-        submitted[name] = Submitted(job, run)
-    submitted["node lost"].listens()
-    cluster.lose_node("n3")  # Slurm needs most of a minute to notice; the last test looks at what follows
-    return submitted
+from cluster import CUT, PATIENCE, history, parent, wait_until
+from standin import APPTAINER, ENROOT, Submitted
 
 
 def test_signals_stop_every_rank_and_the_job_goes_on_in_its_queue(cluster, jobs):
     for how, ranks in (("USR1", 4), ("TERM", 1)):
-        jobs[how].listens(ranks)
+        jobs[how].waits(ranks)
         cluster.command("scancel", f"--signal={how}", "--batch", jobs[how].job)
     for how in ("USR1", "TERM"):
         cluster.wait_for_state(jobs[how].job, "COMPLETED", "FAILED")
@@ -104,8 +24,8 @@ def test_signals_stop_every_rank_and_the_job_goes_on_in_its_queue(cluster, jobs)
 
 def test_preempted_by_a_job_of_higher_priority(cluster, jobs):
     low = jobs["preempted"]
-    low.listens()
-    cluster.command("sbatch", "--partition=high", "--nodelist=n4", "--exclusive", "--output=/dev/null", "--wrap=true")
+    low.waits()
+    cluster.command("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=true")
     cluster.wait_for_state(low.job, "COMPLETED", "FAILED")
     assert low.endings == [("stopped", 4), ("done", 8)]
     assert cluster.field(low.job, "Restarts") == "1"
@@ -113,32 +33,78 @@ def test_preempted_by_a_job_of_higher_priority(cluster, jobs):
 
 def test_cancelled_means_cancelled(cluster, jobs):
     cancelled = jobs["cancelled"]
-    cancelled.listens()
+    cancelled.waits()
     cluster.command("scancel", cancelled.job)
     cluster.wait_for_state(cancelled.job, "CANCELLED")
-    wait_until(lambda: bool(cancelled.endings), 10, "the supervisor to record the ending")
+    wait_until(lambda: cancelled.endings, PATIENCE, "the supervisor to record the ending")
     assert cancelled.endings == [("stopped", 4)]
     assert cluster.field(cancelled.job, "Restarts") == "0"
 
 
+def test_a_run_on_a_lost_node_goes_on_elsewhere(cluster, jobs):
+    lost = jobs["node lost"]
+    lost.waits()
+    cluster.lose_node("n3")
+    assert cluster.wait_for_state(lost.job, "COMPLETED", "FAILED") == "COMPLETED"
+    assert lost.endings == [("lost", 4), ("done", 8)]
+    assert [line["nodes"] for line in history(lost.run) if line["event"] == "start"] == ["n3", "n6"]
+
+
 def test_a_run_whose_checkpoint_went_away_does_not_begin_again(cluster, jobs):
     gone = jobs["checkpoint gone"]
-    gone.listens()
+    gone.waits()
     cluster.command("scancel", "--signal=USR1", "--batch", gone.job)
-    wait_until(lambda: bool(gone.endings), 10, "the ending")
+    wait_until(lambda: gone.endings, PATIENCE, "the ending")
     shutil.rmtree(gone.run / "checkpoints")
     cluster.wait_for_state(gone.job, "FAILED", "COMPLETED")
     assert cluster.field(gone.job, "ExitCode") == "2:0"
-    assert "holds none; restore it" in gone.log
+    assert "left the checkpoint pair_00000004" in gone.log and "holds none; restore it" in gone.log
+
+
+def test_a_rank_whose_step_daemon_is_killed_does_not_live_on_and_the_job_goes_on(cluster, jobs):
+    """Its srun learns nothing of that: the rank ends by itself, and the job by the silence of the others."""
+    run = jobs["step daemon killed"]
+    run.waits(ranks=2)
+    rank = int((run.run / "listening-1").read_text())
+    os.kill(parent(rank), signal.SIGKILL)
+    wait_until(lambda: not os.path.exists(f"/proc/{rank}"), PATIENCE, "the rank to end")
+    cluster.wait_for_state(run.job, "COMPLETED", "FAILED")
+    assert run.endings == [("hung", 4), ("done", 8)]
+
+
+def test_a_script_whose_step_daemon_is_killed_ends_its_ranks_and_is_requeued(cluster, jobs):
+    run = jobs["script's daemon killed"]
+    run.waits()
+    os.kill(cluster.script_daemon("n1", run.job), signal.SIGKILL)
+    wait_until(lambda: cluster.field(run.job, "Restarts") == "1", PATIENCE, "the job to be requeued")
+    cluster.wait_for_state(run.job, "COMPLETED", "FAILED")
+    assert run.endings == [("died", 4), ("done", 8)]
+    assert "the step daemon of this script has died" in run.log
+
+
+def test_ranks_that_hang_say_where_and_are_killed_and_the_job_goes_on(cluster, jobs):
+    cluster.wait_for_state(jobs["hangs"].job, "COMPLETED", "FAILED")
+    assert jobs["hangs"].endings == [("hung", 4), ("done", 8)]
+    assert "most recent call first" in jobs["hangs"].log and "no sign of life for 20 s" in jobs["hangs"].log
 
 
 def test_a_node_that_fails_its_health_check_is_left_out(cluster, jobs):
     unhealthy = jobs["unhealthy"]
     cluster.wait_for_state(unhealthy.job, "COMPLETED", "FAILED")
     assert unhealthy.endings == [("unhealthy", None), ("done", 9)]
-    assert cluster.field(unhealthy.job, "ExcNodeList") in ("n[2-3]", "n3,n2")
-    assert history(unhealthy.run)[2]["nodes"] == "n[1,4]"
+    assert cluster.field(unhealthy.job, "ExcNodeList") == "n2"
+    assert [line["nodes"] for line in history(unhealthy.run) if line["event"] == "start"] == ["n[1-2]", "n[1,6]"]
     assert "n2 is not healthy: 'test" in unhealthy.log
+
+
+def test_a_node_that_others_cannot_reach_is_found_and_left_out(cluster, jobs):
+    """The job asks for all nodes of its partition, so it waits from then on."""
+    cut = jobs["cut off"]
+    wait_until(lambda: cut.endings, PATIENCE, "the nodes to be checked")
+    assert cut.endings == [("unhealthy", None)]
+    assert list(next(line for line in history(cut.run) if line["event"] == "start")["unhealthy"]) == [CUT]
+    wait_until(lambda: cluster.field(cut.job, "ExcNodeList") == CUT, PATIENCE, "the node to be left out")
+    cluster.command("scancel", cut.job)
 
 
 def test_bad_input_ends_the_job_at_once(cluster, jobs):
@@ -165,6 +131,19 @@ def test_stops_without_progress_end_after_the_third(cluster, jobs):
     assert "raise the time limit" in jobs["stalls"].log
 
 
+def test_an_image_runs_the_health_check_and_every_rank_with_its_binds(cluster, jobs):
+    for name, image in {"apptainer": APPTAINER, "enroot": ENROOT}.items():
+        cluster.wait_for_state(jobs[name].job, "COMPLETED", "FAILED")
+        assert jobs[name].endings == [("done", 9)]
+        calls = [json.loads(line) for line in (jobs[name].run / "images").read_text().splitlines()]
+        assert len(calls) == 2 and all(call[: len(image)] == image for call in calls)
+    scripts = [call[len(APPTAINER) :] for call in map(json.loads, (jobs["apptainer"].run / "images").read_text().splitlines())]
+    assert [(python, script.rpartition("/")[2]) for python, script, *_ in scripts] == [
+        (sys.executable, "health.py"),
+        (sys.executable, "launch.py"),
+    ]
+
+
 def test_tasks_of_an_array_are_requeued_alone(cluster, jobs, tmp_path):
     tree = jobs["refused"].run.parent / "tree"
     patterns, scripts = {"D4": "D=4", "D16-W2-I1": "D=16,W=2,I=1"}, ("3 1\n7 0", "7 0")
@@ -172,9 +151,13 @@ def test_tasks_of_an_array_are_requeued_alone(cluster, jobs, tmp_path):
     for folder, script in zip(patterns, scripts, strict=True):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "script").write_text(script)
-    settings = {"MEGARAT_ROOT": str(tree), "MEGARAT_PYTHON": sys.executable, "MEGARAT_PATTERNS": str(tmp_path / "patterns.txt")}
+    settings = {
+        "MEGARAT_ROOT": str(tree),
+        "MEGARAT_PYTHON": sys.executable,
+        "MEGARAT_PATTERNS": str(tmp_path / "patterns.txt"),
+    }
     options = ("--parsable", "--array=0-1", f"--output={tmp_path}/%a.out", str(tree / "slurm/adapt.sbatch"))
-    job = cluster.command("sbatch", *options, str(tmp_path), "config.yaml", "--from", "parent", env={**os.environ, **settings})
+    job = cluster.command("sbatch", *options, str(tmp_path), "config.yaml", "--from", "parent", changes=settings)
     after = cluster.command("sbatch", "--parsable", f"--dependency=afterok:{job}", "--output=/dev/null", "--wrap=true")
     assert cluster.wait_for_state(after, "COMPLETED", "CANCELLED") == "COMPLETED"
     first, second = (Submitted(f"{job}_{task}", tmp_path / folder) for task, folder in enumerate(patterns))
@@ -183,17 +166,9 @@ def test_tasks_of_an_array_are_requeued_alone(cluster, jobs, tmp_path):
 
 
 def test_slurms_own_signal_before_the_time_limit(cluster, jobs):
+    """Slurm signals at a moment of its own choosing, up to a minute early: at which pair, and whether once more, is not ours to say."""
     limited = jobs["time limit"]
-    assert cluster.wait_for_state(limited.job, "COMPLETED", "FAILED", "TIMEOUT", seconds=90) == "COMPLETED"
-    assert [kind for kind, _ in limited.endings] == [
-        "stopped",
-        "done",
-    ]  # Slurm may signal up to a minute early: the pair is not ours to say
-    assert limited.endings[-1] == ("done", 8) and "SIGUSR1" in limited.log
-
-
-def test_a_run_on_a_lost_node_goes_on_elsewhere(cluster, jobs):
-    lost = jobs["node lost"]
-    assert cluster.wait_for_state(lost.job, "COMPLETED", "FAILED", seconds=120) == "COMPLETED"
-    assert lost.endings == [("lost", 4), ("done", 8)]
-    assert [line["nodes"] for line in history(lost.run) if line["event"] == "start"] == ["n3", "n4"]
+    assert cluster.wait_for_state(limited.job, "COMPLETED", "FAILED", "TIMEOUT") == "COMPLETED"
+    kinds = [kind for kind, _ in limited.endings]
+    assert kinds[0] == "stopped" and set(kinds[:-1]) == {"stopped"} and limited.endings[-1] == ("done", 8)
+    assert "SIGUSR1" in limited.log

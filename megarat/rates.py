@@ -1,0 +1,91 @@
+"""How fast one GPU was measured to be: ``benchmarks/results.csv`` (single operations) and ``benchmarks/train.csv`` (whole training steps).
+
+``megarat plan`` makes the time of a step from these, where they are there for the kind of GPU that is asked for. The last row of a kind counts.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from megarat.model.flops import visible_pairs
+from megarat.model.pattern import Pattern
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+_TOKENS, _HIDDEN, _LENGTH = 8 * 4096, 2048, 4096  # of the rows below
+_VISIBLE_DENSE, _VISIBLE_SPARSE = (
+    visible_pairs(pattern, _LENGTH) / _LENGTH for pattern in (Pattern(), Pattern(64))
+)  # keys a query
+_SCAN, _ATTENTION = "B=8 T=4096 C=2048", "B=8 T=4096 D=64,W=0,I=0"
+_DENSE = "cuDNN SDPA, dense"  # what runs the dense pass
+
+
+class Rates(NamedTuple):
+    """One GPU. Seconds of operations are both ways (forward and backward), of a token and a channel."""
+
+    matmul: float  # FLOP/s of large bf16 matrix products
+    copy: float  # bytes/s, each byte counted once as read and once as written
+    scan_s: float
+    attention_s: float  # of attention that sees nothing
+    visible_s: float  # for each key that is seen
+    source: str
+
+
+def measured(gpu: str, folder: Path = FOLDER) -> Rates | None:
+    """The rates of a kind of GPU such as "H200"; None where it was not measured."""
+    rows = {(row["op"], row["shape"], row["implementation"]): row for row in _rows(folder / "results.csv") if gpu in row["gpu"]}
+    try:
+        last = rows[("gated_scan forward", _SCAN, "megarat")]
+        scan = _both_ways(rows, "gated_scan", _SCAN, "megarat")
+        sparse = _both_ways(rows, "dilated_attention", _ATTENTION, "megarat")
+        dense = _both_ways(rows, "dilated_attention", _ATTENTION, _DENSE)
+    except KeyError:
+        return None
+    # The sparse attention is bound by memory and the dense one by arithmetic: the keys seen make the difference between them.
+    visible = (dense - sparse) / (_VISIBLE_DENSE - _VISIBLE_SPARSE)
+    return Rates(
+        float(last["matmul_tflop_s"]) * 1e12, float(last["copy_tb_s"]) * 1e12, scan, sparse - visible * _VISIBLE_SPARSE, visible,
+        f"benchmarks/results.csv: {last['gpu']}, torch {last['torch']}, commit {last['commit']}",
+    )  # fmt: skip
+
+
+class Step(NamedTuple):
+    """A training step that was timed on one GPU: what it was made of, and what came out."""
+
+    size: str
+    length: int
+    micro_batch: int
+    accumulation: int
+    recompute: str
+    pair_s: float
+    peak_bytes: float
+    source: str
+
+
+def steps(gpu: str, folder: Path = FOLDER) -> list[Step]:
+    """Timed steps of megarat on one GPU of this kind, without settings that the plan knows nothing of."""
+    found = {}
+    for row in _rows(folder / "train.csv"):
+        recompute = {"": "off", "parallel.recompute=selective": "selective", "parallel.recompute=full": "full"}.get(
+            row["settings"]
+        )
+        if gpu in row["gpu"] and row["gpus"] == "1" and row["implementation"] == "megarat" and recompute is not None:
+            key = (row["size"], int(row["length"]), int(row["micro_batch"]), int(row["accumulation"]), recompute)
+            source = f"{row['gpu']}, torch {row['torch']}, commit {row['commit']}"
+            found[key] = Step(*key, float(row["pair_ms"]) / 1000, float(row["peak_gb"]) * 1e9, source)
+    return list(found.values())
+
+
+def _both_ways(rows: Mapping[tuple[str, str, str], Mapping[str, str]], op: str, shape: str, implementation: str) -> float:
+    """Seconds of a token and a channel, forward and backward."""
+    way = (float(rows[f"{op} {way}", shape, implementation]["median_ms"]) for way in ("forward", "backward"))
+    return sum(way) / 1000 / (_TOKENS * _HIDDEN)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
