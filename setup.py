@@ -32,7 +32,8 @@ setup(
     extras_require={
         "data": ["pyarrow", "zstandard", "mpi4py"],
         "eval": ["lm-eval>=0.4.9"],
-        "test": ["pytest", "ruff", "mypy", "types-PyYAML", "mpich"],
+        "export": ["transformers>=4.57"],
+        "test": ["pytest", "ruff", "mypy", "types-PyYAML", "mpich", "transformers"],
     },
     entry_points={"console_scripts": ["megarat = megarat.cli:main"]},
 )
