@@ -33,6 +33,7 @@ from megarat.config import Config, from_dict
 from megarat.data.format import Piece, ShardWriter, TokenizerInfo, token_dtype
 from megarat.model.flops import pair_flops_per_token, parameter_count, peak_flops, training_flops_per_token
 from megarat.model.pattern import Patterns
+from megarat.train.step import sparse_patterns
 
 FOLDER = Path(__file__).parent
 COLUMNS = (
@@ -66,9 +67,11 @@ LR = 1e-4
 
 
 class Trainer(Protocol):
-    """What is timed: `update` makes one optimizer update of all micro-batches."""
+    """What is timed: `update` makes one optimizer update of all micro-batches, `summed_update` one of both passes."""
 
     def update(self, micro_batches: list[Any], patterns: Patterns, lr: float) -> Any: ...
+
+    def summed_update(self, micro_batches: list[Any], passes: Any, lr: float, accepts: Any) -> Any: ...
 
 
 def build_config(options: argparse.Namespace, folder: str, ranks: int) -> Config:
@@ -165,16 +168,19 @@ def train_pairs(
 ) -> list[tuple[float, Any, Any]]:
     """(seconds, sparse update, dense update) of each pair; the device is waited for at the end of each, as a run's guard does."""
     history = []
-    for _ in range(pairs):
+    for pair in range(pairs):
         began = time.perf_counter()
         with watch.phase("data"):
             micro_batches = next(batches)
         sparse = None
-        if config.sparse_patterns is not None:
-            watch.part = "sparse"
-            sparse = trainer.update(micro_batches, config.sparse_patterns, LR)
-        watch.part = "dense"
-        dense = trainer.update(micro_batches, config.patterns, LR)
+        if config.train.recipe == "summed":
+            sparse, dense = trainer.summed_update(micro_batches, (config.sparse_patterns, config.patterns), LR, (None, None))
+        else:
+            if sparse_patterns(config, pair) is not None:
+                watch.part = "sparse"
+                sparse = trainer.update(micro_batches, config.sparse_patterns, LR)
+            watch.part = "dense"
+            dense = trainer.update(micro_batches, config.patterns, LR)
         watch.part = ""
         watch.settle()
         history.append((time.perf_counter() - began, sparse, dense))
@@ -185,7 +191,10 @@ def figures(
     config: Config, history: list[tuple[float, Any, Any]], watch: Stopwatch, ranks: int, device: torch.device
 ) -> dict[str, Any]:
     """A row's figures from the timed pairs."""
-    seconds = statistics.median(pair[0] for pair in history)
+    times = [pair[0] for pair in history]
+    seconds = (
+        statistics.median(times) if config.train.sparse_every == 1 else statistics.mean(times)
+    )  # pairs differ where some are dense only
     tokens = config.train.global_batch * config.data.sequence_length
     peak = peak_flops(device)
     row: dict[str, Any] = {

@@ -130,6 +130,11 @@ class TrainConfig:
     )
     global_batch: int = setting(512, "Sequences of a global batch.")
     micro_batch: int = setting(2, "Sequences one rank computes at a time; the rest is gradient accumulation.")
+    recipe: Literal["two_updates", "summed"] = setting(
+        "two_updates",
+        "`two_updates` of a pair, as published; `summed` is a variant: one update by the sum of the losses of both passes.",
+    )
+    sparse_every: int = setting(1, "Make the sparse pass for every so many-th pair only; 1 is as published, more is a variant.")
     seed: int = setting(1005, "Seed of initial weights and data order.")
     precision: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "bf16 keeps fp32 masters; `auto` is bf16 on GPUs and on CPUs with bf16 matrix units."
@@ -312,6 +317,11 @@ def validate(config: Config, source: str = "config") -> None:
     _validate_shape(config.model, source)
     _validate_batches(config, source)
     _validate_optimizer(config.optim, source)
+    if config.train.recipe == "summed" and config.parallel.pipeline > 1:
+        raise UserError(
+            f"{source}: train.recipe = summed with parallel.pipeline = {config.parallel.pipeline}: a pipeline makes one pass an update; set "
+            "parallel.pipeline=1 or train.recipe=two_updates"
+        )
     if config.train.fp8:
         _validate_fp8(config, source)
     if config.train.compile:
@@ -326,7 +336,7 @@ def validate(config: Config, source: str = "config") -> None:
 _POSITIVE = (
     "model.layers model.hidden model.heads model.vocab model.ffn_multiple model.rope_base model.norm_eps model.init_std "
     "data.sequence_length data.shuffle_run data.shuffle_window data.cache_gb data.prefetch train.pairs train.global_batch "
-    "train.micro_batch train.max_skipped optim.lr optim.eps "
+    "train.micro_batch train.sparse_every train.max_skipped optim.lr optim.eps "
     "parallel.tensor parallel.pipeline parallel.context checkpoint.every checkpoint.keep guard.window log.every"
 ).split()
 _NOT_NEGATIVE = (

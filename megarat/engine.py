@@ -26,7 +26,7 @@ import os
 import resource
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -134,25 +134,38 @@ class Engine:
         The loss is the plain mean over micro-batches and ranks. The gradients are dropped instead when it or their norm is not finite, or
         when ``accept(loss, norm)`` refuses; it must decide alike on all ranks, which give it the same numbers.
         """
+        (made,) = self.summed_update(micro_batches, (patterns,), lr, (accept,))
+        return made
+
+    def summed_update(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        passes: Sequence[Patterns],
+        lr: float,
+        accepts: Sequence[Callable[[float, float], bool] | None],
+    ) -> list[Update]:
+        """One update by the sum of the losses of several passes over the same micro-batches, each under its own patterns.
+
+        Reported by pass, with its loss and the one norm of all gradients; made unless one of the passes is bad. See ``update``.
+        """
         if len(micro_batches) != self.micro_batches:
             raise ValueError(f"{len(micro_batches)} micro-batches given; the engine was built for {self.micro_batches}")
-        loss_value, norm = self._decide(self._accumulate(micro_batches, patterns))
-        finite = math.isfinite(loss_value) and math.isfinite(norm)
-        refused = finite and accept is not None and not accept(loss_value, norm)
+        *losses, norm = self._decide(self._accumulate(micro_batches, passes))
+        finite = all(map(math.isfinite, (*losses, norm)))
+        refused = finite and not all(accept is None or accept(loss, norm) for accept, loss in zip(accepts, losses, strict=True))
         if finite and not refused:
             for group in self._adamw.param_groups:
                 group["lr"] = lr
             self._step()
         else:
             self._drop_gradients()
-        return Update(loss_value, norm, finite, refused)
+        return [Update(loss, norm, finite, refused) for loss in losses]
 
-    def _decide(self, loss: Tensor) -> tuple[float, float]:
-        """Loss and gradient norm as numbers, equal on all ranks whatever their last bits. The one wait for the device in an update."""
-        figures = torch.stack([loss, self._gradient_norm()])
+    def _decide(self, losses: Tensor) -> list[float]:
+        """Losses and gradient norm as numbers, equal on all ranks whatever their last bits. The one wait for the device in an update."""
+        figures = torch.cat([losses, self._gradient_norm().view(1)])
         torch.distributed.broadcast(figures, 0)
-        loss_value, norm = figures.tolist()
-        return loss_value, norm
+        return cast("list[float]", figures.tolist())
 
     def _step(self) -> None:
         if self._stages == 1:
@@ -160,9 +173,13 @@ class Engine:
         else:
             self._engine._exec_optimizer_step()
 
-    def _accumulate(self, micro_batches: Sequence[MicroBatch], patterns: Patterns) -> Tensor:
-        """Gradients of all micro-batches, summed over ranks; returns the mean loss over micro-batches and data ranks."""
-        total = self._through_pipeline(micro_batches, patterns) if self._stages > 1 else self._one_by_one(micro_batches, patterns)
+    def _accumulate(self, micro_batches: Sequence[MicroBatch], passes: Sequence[Patterns]) -> Tensor:
+        """Gradients of all micro-batches and passes, summed over ranks; returns each pass' mean loss over micro-batches and data ranks."""
+        if self._stages > 1:
+            (patterns,) = passes  # the schedule of a pipeline ends with the reduction of gradients
+            total = self._through_pipeline(micro_batches, patterns).view(1)
+        else:
+            total = self._one_by_one(micro_batches, passes)
         torch.distributed.all_reduce(total)
         return total / (len(micro_batches) * self.mesh.world_size // self._stages)
 
@@ -176,13 +193,16 @@ class Engine:
         engine._exec_schedule(engine._train_schedule())
         return torch.zeros((), device=self.mesh.device) if engine.total_loss is None else engine.total_loss.float()
 
-    def _one_by_one(self, micro_batches: Sequence[MicroBatch], patterns: Patterns) -> Tensor:
-        total = torch.zeros((), device=self.mesh.device)
-        for index, micro_batch in enumerate(self._on_device(micro_batches)):
-            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            loss = self._forward(micro_batch, patterns)
-            self._backward(loss)
-            total += loss.detach().float()
+    def _one_by_one(self, micro_batches: Sequence[MicroBatch], passes: Sequence[Patterns]) -> Tensor:
+        total = torch.zeros(len(passes), device=self.mesh.device)
+        on_device = self._on_device(micro_batches)
+        for number, patterns in enumerate(passes):
+            for index, micro_batch in enumerate(on_device):
+                is_last = number == len(passes) - 1 and index == len(on_device) - 1
+                self._engine.set_gradient_accumulation_boundary(is_last)
+                loss = self._forward(micro_batch, patterns)
+                self._backward(loss)
+                total[number] += loss.detach().float()
         return total
 
     def _on_device(self, micro_batches: Sequence[MicroBatch]) -> list[list[Tensor]]:
@@ -274,7 +294,7 @@ class Engine:
         """Gradients of the mean loss over micro-batches and ranks, by logical name, whole on every rank's host; nothing is updated."""
         from deepspeed.utils import safe_get_full_grad
 
-        self._accumulate(micro_batches, patterns)
+        self._accumulate(micro_batches, (patterns,))
         parts: dict[str, Fragments] = {}
         for name, parameter in self.model.named_parameters():
             parts |= cut(safe_get_full_grad(parameter).flatten(), 0, self._pieces[name], self._writes(parameter))

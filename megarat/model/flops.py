@@ -60,9 +60,12 @@ def training_flops_per_token(model: ModelConfig, patterns: Patterns, length: int
 
 
 def pair_flops_per_token(config: Config) -> float:
-    """Both passes of a pair, for each token of data; only the main pass when active recurrence learning is off."""
-    passes = [config.patterns] if config.sparse_patterns is None else [config.sparse_patterns, config.patterns]
-    return sum(training_flops_per_token(config.model, patterns, config.data.sequence_length) for patterns in passes)
+    """Both passes of a pair, for each token of data, on average over pairs; only the main pass when active recurrence learning is off."""
+    length = config.data.sequence_length
+    dense = training_flops_per_token(config.model, config.patterns, length)
+    if config.sparse_patterns is None:
+        return dense
+    return dense + training_flops_per_token(config.model, config.sparse_patterns, length) / config.train.sparse_every
 
 
 def peak_flops(device: torch.device | str) -> float | None:

@@ -30,8 +30,9 @@ from megarat.train.pair_guard import Decision, PairGuard, gone_back, mark_safe, 
 from megarat.train.run import Parent, Run, build
 from megarat.train.run_folder import open_run, record_start
 from megarat.train.schedule import learning_rate
-from megarat.train.step import PairResult, train_pair
+from megarat.train.step import PairResult, sparse_patterns, train_pair
 from megarat.train.stragglers import Stragglers
+from megarat.train.validation import Validation
 from megarat.train.verify import verify
 from megarat.train.watchdog import Watchdog
 
@@ -104,9 +105,8 @@ def _train_on(run: Run, stop: StopRequest, log: RunLog, watchdog: Watchdog, guar
             with stragglers.watching(state.pair + 1):
                 batch = clock.wait_for(batches)
                 lr = learning_rate(state.pair, config.train.pairs, config.optim)
-                result = train_pair(
-                    run.engine, batch.micro_batches, config.sparse_patterns, config.patterns, lr, guard.judge(state)
-                )
+                sparse, summed = sparse_patterns(config, state.pair), config.train.recipe == "summed"
+                result = train_pair(run.engine, batch.micro_batches, sparse, config.patterns, lr, guard.judge(state), summed)
             decision = guard.record(state, result)
             digest = comm.sum_wrapped(batch.digest, mesh.group(DATA), mesh.device)
             _advance(state, batch.tokens, digest)

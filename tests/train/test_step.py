@@ -10,7 +10,7 @@ import torch
 
 from megarat.engine import Engine
 from megarat.model import names
-from megarat.train.step import train_pair
+from megarat.train.step import sparse_patterns, train_pair
 
 LR = 1e-2
 
@@ -71,3 +71,40 @@ def test_a_bad_sparse_update_ends_the_pair_and_leaves_the_weights(mesh, monkeypa
     after, steps = engine.named_state()
     assert steps == 0
     assert all(torch.equal(before["master"][name], after["master"][name]) for name in before["master"])
+
+
+def test_summed_passes_make_one_update_by_the_sum_of_both_losses(mesh):
+    settings = tiny_run.config(train={"recipe": "summed"})
+    batches = tiny_run.micro_batches(2)
+    model = tiny_run.model(settings)
+    losses = [sum(model(ids, p, labels) for ids, labels in batches) / 2 for p in (settings.sparse_patterns, settings.patterns)]
+    sum(losses).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optim.clip).item()
+
+    engine = Engine(tiny_run.model(settings), settings, mesh)
+    result = train_pair(engine, batches, settings.sparse_patterns, settings.patterns, LR, summed=True)
+    assert result.made and engine.named_state()[1] == 1
+    for update, loss in zip((result.sparse, result.dense), losses, strict=True):
+        assert update.loss == pytest.approx(loss.item(), rel=1e-6)
+        assert update.grad_norm == pytest.approx(norm, rel=2e-6)
+
+
+@pytest.mark.parametrize("refused", ["sparse", "dense"])
+def test_a_summed_update_is_refused_when_one_of_its_passes_is(mesh, refused):
+    settings = tiny_run.config(train={"recipe": "summed"})
+    engine = Engine(tiny_run.model(settings), settings, mesh)
+    result = train_pair(
+        engine,
+        tiny_run.micro_batches(2),
+        settings.sparse_patterns,
+        settings.patterns,
+        LR,
+        lambda which, *_: which != refused,
+        summed=True,
+    )
+    assert result.finite and not result.made and engine.named_state()[1] == 0
+
+
+def test_the_sparse_pass_comes_every_so_many_pairs():
+    settings = tiny_run.config(train={"sparse_every": 3})
+    assert [sparse_patterns(settings, pair) is not None for pair in range(7)] == [True, False, False, True, False, False, True]
