@@ -32,7 +32,6 @@ from megarat.train.run_folder import open_run, record_start
 from megarat.train.schedule import learning_rate
 from megarat.train.step import PairResult, sparse_patterns, train_pair
 from megarat.train.stragglers import Stragglers
-from megarat.train.validation import Validation
 from megarat.train.verify import verify
 from megarat.train.watchdog import Watchdog
 
