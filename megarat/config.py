@@ -152,6 +152,9 @@ class TrainConfig:
         "Only kernels whose results repeat bit for bit, also on a GPU: a resumed run then equals the uninterrupted one exactly.",
     )
     wall_clock_minutes: float = setting(0.0, "Stop early (exit 75, with a checkpoint) after this time; 0 = no limit.")
+    validate_every: int = setting(
+        0, "Pairs between measurements of the loss on the held-out side (`data.validation_tokens` of it); 0 = never."
+    )
     max_skipped: int = setting(
         3, "Consecutive bad pairs (not finite, or spikes) after which the run ends with an error, where it cannot go back."
     )
@@ -341,7 +344,7 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "data.limit_tokens data.max_epochs data.validation_tokens optim.min_lr optim.warmup optim.weight_decay optim.clip "
-    "checkpoint.keep_every train.wall_clock_minutes train.seed guard.deviations guard.rollback_after guard.max_rollbacks "
+    "checkpoint.keep_every train.wall_clock_minutes train.validate_every train.seed guard.deviations guard.rollback_after guard.max_rollbacks "
     "guard.hang_minutes guard.slow_every"
 ).split()
 

@@ -205,6 +205,37 @@ class Engine:
                 total[number] += loss.detach().float()
         return total
 
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch], patterns: Patterns) -> tuple[float, int]:
+        """Summed loss (nats) and number of scored tokens of the data ranks' micro-batches, on every rank; nothing is trained.
+
+        Any number of micro-batches, the same on every rank, each of the shape that is trained on.
+        """
+        on_device = self._on_device(micro_batches)
+        self._engine.eval()
+        if self._stages > 1:
+            losses = self._evaluate_through_pipeline(on_device, patterns)
+        else:
+            losses = [self._forward(micro_batch, patterns) for micro_batch in on_device]
+        self._engine.train()
+        total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        for loss, (_, labels_BT, *_) in zip(losses, on_device, strict=False):  # stages before the last one have no losses
+            count = (labels_BT != -100).sum()
+            total += torch.stack([loss.double() * count, count.double()])
+        torch.distributed.all_reduce(total)
+        sharing = self.mesh.shape.tensor * self.mesh.shape.context  # ranks that report the same tokens
+        nats, tokens = (total / sharing).tolist()
+        return nats, round(tokens)
+
+    def _evaluate_through_pipeline(self, micro_batches: Sequence[Sequence[Tensor]], patterns: Patterns) -> list[Tensor]:
+        """Mean losses on the last stage, none on the others."""
+        engine = self._engine
+        engine.module.stage.begin(patterns, [labels_BT for _, labels_BT, *_ in micro_batches])
+        engine.set_dataiterator(((ids_BT, *documents), labels_BT) for ids_BT, labels_BT, *documents in micro_batches)
+        engine._compute_loss = True
+        engine._exec_schedule(engine._inference_schedule(len(micro_batches)))
+        return list(engine.fwd_outputs)
+
     def _on_device(self, micro_batches: Sequence[MicroBatch]) -> list[list[Tensor]]:
         """All micro-batches, copied before any arithmetic is queued: a copy from pageable memory waits for what is queued before it."""
         return [[tensor.to(self.mesh.device) for tensor in micro_batch] for micro_batch in micro_batches]

@@ -32,6 +32,8 @@ EVENTS = "tensorboard/events.out.tfevents.megarat"  # TensorBoard takes every fi
 _TENSORBOARD_TAGS = {
     "loss_sparse": "loss/sparse",
     "loss_dense": "loss/dense",
+    "validation_sparse": "validation/sparse",
+    "validation_dense": "validation/dense",
     "grad_norm_sparse": "grad_norm/sparse",
     "grad_norm_dense": "grad_norm/dense",
     "lr": "schedule/lr",
@@ -100,13 +102,13 @@ class RunLog:
             self._close()
 
     def pair(self, metrics: Metrics) -> None:
-        """Record one pair (every ``log.every``-th and the last) and move the bar."""
+        """Record one pair (every ``log.every``-th, the last, and those with a validation) and move the bar."""
         if not self._enabled:
             return
         beat()
         self._bar.update()
         self._bar.set_postfix(_summary(metrics), refresh=False)
-        if metrics["pair"] % self._every and metrics["pair"] != self._total:
+        if metrics["pair"] % self._every and metrics["pair"] != self._total and "validation_dense" not in metrics:
             return
         line = json.dumps({key: _finite(value) for key, value in metrics.items()})
         self._metrics.write(f"{line}\n".encode())

@@ -65,6 +65,7 @@ class Findings(NamedTuple):
     gradients: dict[str, Tensor]  # of the first pair, "sparse NAME" and "dense NAME"
     losses: Tensor  # (pairs, 2) fp64: sparse, dense
     norms: Tensor  # likewise, before clipping
+    evaluated: Tensor  # (1, 2) fp64: the losses of the first pair before any update, without gradients
     weights: dict[str, Tensor]  # after the last pair
 
 
@@ -159,13 +160,14 @@ def reference(seed: int, layers: int = 2) -> Findings:
         model.parameters(), lr=LR, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=optim.weight_decay
     )
     gradients: dict[str, Tensor] = {}
-    losses, norms = [], []
+    losses, norms, evaluated = [], [], []
     for pair in range(PAIRS):
         ids, labels = batch(config, seed, pair)
         for name, patterns in _passes(config):
             if pair == 0:
                 adamw.zero_grad()
-                model(ids, patterns, labels).backward()
+                evaluated.append((loss := model(ids, patterns, labels)).item())
+                loss.backward()
                 gradients |= {f"{name} {key}": value.clone() for key, value in _logical(model, lambda p: p.grad).items()}
         for _, patterns in _passes(config):
             adamw.zero_grad()
@@ -174,7 +176,7 @@ def reference(seed: int, layers: int = 2) -> Findings:
             norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip).item())
             adamw.step()
             losses.append(loss.item())
-    return Findings(gradients, _by_pair(losses), _by_pair(norms), _logical(model, lambda p: p.detach()))
+    return Findings(gradients, _by_pair(losses), _by_pair(norms), _by_pair(evaluated), _logical(model, lambda p: p.detach()))
 
 
 def _logical(model: RATPlusLM, of: Callable[[torch.nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
@@ -192,7 +194,7 @@ def _passes(config: Config) -> list[tuple[str, Patterns]]:
 
 
 def _by_pair(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64).view(PAIRS, -1)
+    return torch.tensor(values, dtype=torch.float64).view(-1, 2)
 
 
 def measure(case: Case, seed: int = 0, device: str = "cpu", sabotage: Sabotage | None = None) -> Findings:
@@ -205,11 +207,13 @@ def measure(case: Case, seed: int = 0, device: str = "cpu", sabotage: Sabotage |
     if sabotage is not None:
         sabotage(engine)
     gradients: dict[str, Tensor] = {}
-    losses, norms = [], []
+    losses, norms, evaluated = [], [], []
     for pair in range(PAIRS):
         own = _own_share(batch(config, seed, pair), case, mesh)
         for name, patterns in _passes(config):
             if pair == 0:
+                nats, tokens = engine.evaluate(own, patterns)
+                evaluated.append(nats / tokens)
                 found = engine.gradients(own, patterns)
                 gradients |= {f"{name} {key}": value for key, value in found.items()}
         for _, patterns in _passes(config):
@@ -217,7 +221,7 @@ def measure(case: Case, seed: int = 0, device: str = "cpu", sabotage: Sabotage |
             losses.append(update.loss)
             norms.append(update.grad_norm)
     state, _ = engine.named_state()
-    return Findings(gradients, _by_pair(losses), _by_pair(norms), state["master"])
+    return Findings(gradients, _by_pair(losses), _by_pair(norms), _by_pair(evaluated), state["master"])
 
 
 def _own_share(whole: tuple[Tensor, Tensor], case: Case, mesh: Mesh) -> list[MicroBatch]:
@@ -233,7 +237,10 @@ def compare(found: Findings, expected: Findings) -> Verdict:
     gradients = _errors(found.gradients, expected.gradients)
     weights = _errors(found.weights, expected.weights)
     norms = _worst((found.norms - expected.norms).abs() / expected.norms)
-    losses = _worst((found.losses - expected.losses).abs() / expected.losses)
+    losses = max(
+        _worst((found.losses - expected.losses).abs() / expected.losses),
+        _worst((found.evaluated - expected.evaluated).abs() / expected.evaluated),
+    )
     worst_gradient, worst_weight = max(gradients, key=gradients.__getitem__), max(weights, key=weights.__getitem__)
     where = f"worst gradient: {worst_gradient}, worst weight: {worst_weight}"
     return Verdict(gradients[worst_gradient], norms, losses, weights[worst_weight], where)

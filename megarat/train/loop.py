@@ -32,6 +32,7 @@ from megarat.train.run_folder import open_run, record_start
 from megarat.train.schedule import learning_rate
 from megarat.train.step import PairResult, sparse_patterns, train_pair
 from megarat.train.stragglers import Stragglers
+from megarat.train.validation import Validation
 from megarat.train.verify import verify
 from megarat.train.watchdog import Watchdog
 
@@ -97,6 +98,7 @@ def _train_on(run: Run, stop: StopRequest, log: RunLog, watchdog: Watchdog, guar
     """Train until the last pair, a request to stop, or a decision to go back: the last pair's."""
     config, state, mesh = run.config, run.state, run.mesh
     clock, decision = _Clock(run), Decision.TRAINED
+    validation = Validation(config, mesh, run.engine)
     batches = cast("Generator[PairBatch]", run.loader.iterate(state.pair + state.passed_over, config.data.prefetch))
     with closing(batches):
         while decision is not Decision.ROLL_BACK and state.pair < config.train.pairs and not _asked_to_end(run, stop):
@@ -109,7 +111,11 @@ def _train_on(run: Run, stop: StopRequest, log: RunLog, watchdog: Watchdog, guar
             decision = guard.record(state, result)
             digest = comm.sum_wrapped(batch.digest, mesh.group(DATA), mesh.device)
             _advance(state, batch.tokens, digest)
-            log.pair(metrics := clock.metrics(batch, result, lr))
+            metrics = clock.metrics(batch, result, lr)
+            if validation.is_due(state.pair):
+                watchdog.beat(f"validating after pair {state.pair}")
+                metrics |= validation.measure()
+            log.pair(metrics)
             if decision is not Decision.TRAINED:
                 _tell(run, log, "skipped", guard.why)
             stragglers.report(state.pair, metrics["data_wait_s"], metrics["seconds"], partial(_tell, run, log, "slow"))

@@ -37,7 +37,7 @@ CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 _FREE_KEYS = frozenset(
     (
         "run.dir run.device data.shards data.max_epochs data.validation data.validation_tokens data.cache data.cache_gb data.prefetch "
-        "train.pairs train.micro_batch train.wall_clock_minutes train.max_skipped"
+        "train.pairs train.micro_batch train.wall_clock_minutes train.validate_every train.max_skipped"
     ).split()
 )
 _FREE_SECTIONS = ("checkpoint.", "guard.", "log.", "parallel.")

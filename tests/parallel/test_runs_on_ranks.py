@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -16,26 +17,30 @@ import torch
 from megarat.checkpoint import load as checkpoints
 from megarat.config import Config
 from megarat.errors import StoppedEarly, ToldByFirstRank, UserError
+from megarat.eval.runner import EvalSettings, evaluate
 from megarat.model import names
 from megarat.parallel import worlds
 from megarat.train.loop import pretrain
 
 EXACT = ("pair", "tokens", "lr", "stream_hash", "skipped")
 CLOSE = ("loss_sparse", "loss_dense", "grad_norm_sparse", "grad_norm_dense")
+VALIDATION = ("validation_sparse", "validation_dense")  # of every second pair
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    return tiny_run.write_shards(tmp_path_factory.mktemp("corpus"))
+    folder = tiny_run.write_shards(tmp_path_factory.mktemp("corpus"))
+    shutil.copytree(folder / "train", folder / "validation")
+    return folder
 
 
 def run_config(run_dir: Path, shards: Path, pairs: int, micro_batch: int = 2, precision: str = "fp32", **parallel) -> Config:
     return tiny_run.config(
         run={"dir": str(run_dir)},
-        data={"shards": str(shards)},
+        data={"shards": str(shards), "validation_tokens": 16 * tiny_run.LENGTH},
         # eps: above the rounding of gradients, see megarat.parallel.invariance
         optim={"eps": 1e-3, "schedule": "constant", "warmup": 0},
-        train={"pairs": pairs, "global_batch": 8, "micro_batch": micro_batch, "precision": precision},
+        train={"pairs": pairs, "global_batch": 8, "micro_batch": micro_batch, "precision": precision, "validate_every": 2},
         parallel=parallel,
         checkpoint={"every": 2},
     )
@@ -57,7 +62,7 @@ def assert_same_course(found: list[dict], expected: list[dict]) -> None:
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert [ours[key] for key in EXACT] == [theirs[key] for key in EXACT]
-        for key in CLOSE:
+        for key in CLOSE + (() if theirs["pair"] % 2 else VALIDATION):
             # Sums in another order, some units of 2^-24 each, carried through a few updates. Batches whose rows have different
             # numbers of labels weigh them by micro-batch: all runs here cut micro-batches of two.
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
@@ -96,6 +101,16 @@ def test_a_run_goes_on_from_mesh_to_mesh_as_if_nothing_had_changed(shards, tmp_p
         assert set(ends) == {str(run_dir / "checkpoints" / f"pair_{2 * (leg + 1):08d}")}
     assert_same_course(metrics(run_dir), course[: 2 * len(chain)])
     assert "good" in checkpoints.verify(run_dir)
+
+
+def test_validation_on_a_pipeline_is_what_eval_says_of_the_checkpoint(shards, tmp_path):
+    run_dir = tmp_path / "run"
+    worlds.run(2, train, run_config(run_dir, shards, 2, pipeline=2))
+    settings = EvalSettings(patterns=["dense", "D=4"], device="cpu", limit_tokens=16 * tiny_run.LENGTH, progress=False)
+    dense, sparse = evaluate(run_dir, settings)["tasks"]["ppl"]
+    last = metrics(run_dir)[-1]
+    assert last["validation_dense"] == pytest.approx(dense["loss"], rel=1e-6)
+    assert last["validation_sparse"] == pytest.approx(sparse["loss"], rel=1e-6)
 
 
 def state_after_loading(config: Config) -> dict[str, dict[str, torch.Tensor]]:
