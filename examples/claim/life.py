@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,13 +57,18 @@ class Results:
         print(f"{self._content['seconds']:7.1f} s  {self._path.stem}  {key}", flush=True)
 
 
-def live(
-    path: str, arm: str, out: Path, overrides: tuple[str, ...] = (), needles: arms.NeedleTuning | None = None, keep: bool = False
-) -> Path:
+class Extras(NamedTuple):
+    """What is measured beyond losses of the whole corpus."""
+
+    kinds: Path | None = None  # folder of one corpus a kind of text
+    needles: arms.NeedleTuning | None = None
+    keep: bool = False  # the runs of adaptations and fine-tunings
+
+
+def live(path: str, arm: str, out: Path, overrides: tuple[str, ...] = (), extras: Extras = Extras()) -> Path:  # noqa: B008 (frozen)
     """Train, score and adapt an arm of the config at ``path``; returns the file of its results, ``out/ARM-SEED.json``.
 
-    With ``needles`` the adapted weights are also fine-tuned on needle tasks. Runs other than the pretraining's are removed once they are
-    scored, unless ``keep``. Raises ``UserError``.
+    Raises ``UserError``.
     """
     config = arms.pretraining(path, arm, overrides)
     out.mkdir(parents=True, exist_ok=True)
@@ -76,22 +81,25 @@ def live(
     run = Path(config.run.dir)
     results.put("pretraining", training_record(run))
     results.put("scores", score(run, arms.READINGS))
+    if extras.kinds is not None:
+        folders = sorted(path.parent for path in extras.kinds.glob("*/validation"))
+        results.put("kinds", {folder.name: score(run, arms.KIND_READINGS, shards=folder) for folder in folders})
     if config.model.recurrence:
         results.put("gates", gate_statistics(config, run))
     adaptations: list[dict[str, Any]] = []
     for pattern, share in arms.ADAPTATIONS:
         adaptations.append(adapted(config, pattern, share))
         results.put("adaptations", adaptations)
-        needed = needles is not None and share == arms.LONG and pattern in arms.NEEDLE_READINGS
-        if not keep and not needed:
+        needed = extras.needles is not None and share == arms.LONG and pattern in arms.NEEDLE_READINGS
+        if not extras.keep and not needed:
             shutil.rmtree(arms.adaptation(config, pattern, share).run.dir)
     results.put("topk", score(run, arms.TOPK, limit_tokens=_TOPK_TOKENS))
-    if needles is not None:
+    if extras.needles is not None:
         tunings: list[dict[str, Any]] = []
         for pattern in (*arms.NEEDLE_READINGS, None):
-            tunings.append(tuned(config, pattern, needles))
+            tunings.append(tuned(config, pattern, extras.needles))
             results.put("needles", tunings)
-    if not keep:
+    if not extras.keep:
         for folder in (f"{run}-adapted", f"{run}-needle"):
             shutil.rmtree(folder, ignore_errors=True)
     return target
@@ -123,11 +131,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(kept) / len(kept) if kept else None
 
 
-def score(run: Path, readings: Sequence[str], limit_tokens: int | None = None) -> list[dict[str, Any]]:
-    """Rows of the perplexity table of ``megarat eval``."""
+def score(
+    run: Path, readings: Sequence[str], limit_tokens: int | None = None, shards: Path | None = None
+) -> list[dict[str, Any]]:
+    """Rows of the perplexity table of ``megarat eval``, on the run's own held-out text or that of ``shards``."""
     with warnings.catch_warnings():  # to read weights under other patterns than their own is the point here
         warnings.filterwarnings("ignore", ".* was adapted to", UserWarning)
-        settings = EvalSettings(patterns=readings, limit_tokens=limit_tokens, micro_batch=16, progress=False)
+        place = None if shards is None else str(shards)
+        settings = EvalSettings(patterns=readings, shards=place, limit_tokens=limit_tokens, micro_batch=16, progress=False)
         rows: list[dict[str, Any]] = evaluate(run, settings)["tasks"]["ppl"]
     _free()
     return rows
@@ -142,7 +153,6 @@ def adapted(config: Config, pattern: str, share: float) -> dict[str, Any]:
     rows = read_metrics(run)
     return {
         "pattern": pattern,
-        "share": share,
         "batches": settings.train.pairs,
         "tokens": rows[-1]["tokens"],
         "loss_first": rows[0]["loss_dense"],

@@ -82,7 +82,13 @@ def loss(record: Record, reading: str) -> float | None:
 
 def adapted_loss(record: Record, reading: str, share: float = arms.LONG) -> float | None:
     """Held-out loss after the adaptation to a reading."""
-    return _find([row["score"] for row in record.get("adaptations", []) if row["share"] == share], reading)
+    return _find(_adapted_scores(record, share), reading)
+
+
+def _adapted_scores(record: Record, share: float) -> list[Record]:
+    """Scores of the adaptations that took this share of the pretraining's batches."""
+    batches = max(1, round(share * record["config"]["train"]["pairs"]))
+    return [row["score"] for row in record.get("adaptations", []) if row["batches"] == batches]
 
 
 def _find(rows: Sequence[Record], reading: str) -> float | None:
@@ -239,6 +245,23 @@ def _anchor_row(
     return [arms.TITLES[arm], f"{reading}{when}", f"{theirs:+.3f}", *measured]
 
 
+def kinds_table(experiment: Experiment) -> str:
+    """By kind of held-out text: dense loss, and loss minus dense loss under D=16 and D=64."""
+    kinds = sorted({kind for record in experiment.records for kind in record.get("kinds", {})})
+    head = ("arm", *(f"{kind}, {what}" for kind in kinds for what in ("dense", "D=16", "D=64")))
+    rows = (
+        [arms.TITLES[arm], *(cell for kind in kinds for cell in _kind_cells(experiment.of(arm), kind))]
+        for arm in experiment.present
+        if any("kinds" in record for record in experiment.of(arm))
+    )
+    return _table(head, rows)
+
+
+def _kind_cells(records: Sequence[Record], kind: str) -> list[str]:
+    apart = [{"scores": record["kinds"][kind]} for record in records if kind in record.get("kinds", {})]
+    return [_cell(apart, _loss_of("dense")), *(_cell(apart, _gap_of(reading), "+") for reading in ("D=16", "D=64"))]
+
+
 def topk_table(experiment: Experiment) -> str:
     """Held-out loss when every query reads a few blocks of 64 keys."""
     rows = (
@@ -295,6 +318,7 @@ TABLES: dict[str, Callable[[Experiment], str]] = {
     "gaps": gaps_table,
     "adaptation": adaptation_table,
     "anchor": anchor_table,
+    "kinds": kinds_table,
     "topk": topk_table,
     "needles": needles_table,
 }
@@ -355,7 +379,7 @@ def _draw_losses(experiment: Experiment, axis: Any) -> None:
 def _draw_perplexity(experiment: Experiment, axis: Any) -> None:
     for color, arm in enumerate(experiment.present):
         record = experiment.of(arm)[0]
-        adapted = [row["score"] for row in record.get("adaptations", []) if row["share"] == arms.LONG]
+        adapted = _adapted_scores(record, arms.LONG)
         _draw_cache(axis, record["scores"], f"{arms.TITLES[arm]}", f"C{color}", "o-", 0.4)
         _draw_cache(axis, adapted, f"{arms.TITLES[arm]}, adapted", f"C{color}", "s--", 1.0)
     axis.set(
