@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.measure import ROOT, Ceilings, environment, measure_ceilings
 from megarat.config import ModelConfig
+from megarat.eval.speed import NoText
 from megarat.infer.cache import SparseCache, cache_bytes
 from megarat.infer.engine import Engine, Request
 from megarat.infer.memory import largest_batch
@@ -44,18 +45,6 @@ DENSE = "dense"
 Row = dict[str, object]
 
 
-class Vocabulary:
-    """Ids without text: what is measured draws every id of the model and looks at none."""
-
-    eos_id, file = 2, Path("no tokenizer")
-
-    def __init__(self, size: int) -> None:
-        self.vocab_size = size
-
-    def decode(self, ids: list[int]) -> str:
-        return "?" * len(ids)
-
-
 class Bench:
     """The model, and what the chip can do."""
 
@@ -69,9 +58,8 @@ class Bench:
 
     def engine(self, pattern: str, rows: int, capacity: int) -> Engine:
         return Engine(
-            self.model, read_as(pattern, self.shape), Vocabulary(self.shape.vocab), rows=rows, capacity=capacity,
-            buckets=(rows,),
-        )  # fmt: skip
+            self.model, read_as(pattern, self.shape), NoText(self.shape.vocab), rows=rows, capacity=capacity, buckets=(rows,)
+        )
 
     def prompt(self, length: int) -> list[int]:
         return torch.randint(3, self.shape.vocab, (length,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -110,7 +110,7 @@ def _add_eval(verbs: Any) -> None:
     parser.add_argument(
         "--tasks",
         default="ppl",
-        help="comma-separated: 'ppl' (held-out loss), 'needle' (RULER's eight) or 'needle:single_1,…', 'harness:piqa,arc_easy,…'",
+        help="comma-separated: 'ppl' (held-out loss), 'needle' (RULER's eight) or 'needle:single_1,…', 'longbench' or 'longbench:qasper,…', 'harness:piqa,…'",
     )
     parser.add_argument(
         "--out",
@@ -126,7 +126,8 @@ def _add_eval(verbs: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="needle: seed of the prompts")
     parser.add_argument("--needle-text", metavar="FILE", help="needle: a text to hide needles in (default: made-up sentences)")
     parser.add_argument("--eval-data", metavar="DIR", help="harness: what data_tools/prepare_eval.py wrote")
-    parser.add_argument("--limit", type=_positive, help="harness: items a task (default: all)")
+    parser.add_argument("--longbench-data", metavar="DIR", help="longbench: the folder of its jsonl files")
+    parser.add_argument("--limit", type=_positive, help="harness, longbench: items a task (default: all)")
     parser.add_argument("--tokenizer", help="tokenizer file or folder (default: the one stored with the checkpoint)")
     _add_device(parser)
     parser.set_defaults(run=_eval)
@@ -272,6 +273,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         needle_text=arguments.needle_text,
         eval_data=arguments.eval_data,
+        longbench_data=arguments.longbench_data,
         limit=arguments.limit,
         tokenizer=arguments.tokenizer,
         device=arguments.device,

@@ -22,6 +22,7 @@ from megarat.files import replace_synced
 from megarat.heartbeat import beat
 from megarat.train.guard import StopRequest
 
+PIECE = 25  # prompts of an item of work, at least
 _POLL_S = 0.5  # between looks at items that others have claimed
 
 

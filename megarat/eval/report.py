@@ -36,19 +36,28 @@ def write_report(results: dict[str, Any], folder: str | Path) -> Path:
 
 
 def panels(tasks: dict[str, list[dict[str, Any]]]) -> dict[str, list[tuple[str, int, float]]]:
-    """What is drawn: by the name of the vertical axis, (pattern, bytes of cache, value). Needle accuracy is the mean over the tasks."""
+    """What is drawn: by the name of the vertical axis, (pattern, bytes of cache, value). Needle accuracy and LongBench are means over the tasks."""
     drawn: dict[str, list[tuple[str, int, float]]] = {}
     if "ppl" in tasks:
         drawn["loss (nats)"] = [(row["pattern"], row["cache_bytes_per_sequence"], row["loss"]) for row in tasks["ppl"]]
     if "needle" in tasks:
-        by_pattern: dict[str, list[dict[str, Any]]] = {}
-        for row in tasks["needle"]:
-            by_pattern.setdefault(row["pattern"], []).append(row)
         drawn["needle accuracy (%)"] = [
             (pattern, max(row["cache_bytes_per_sequence"] for row in rows), 100 * sum(row["ruler"] for row in rows) / len(rows))
-            for pattern, rows in by_pattern.items()
+            for pattern, rows in _by_pattern(tasks["needle"]).items()
+        ]
+    if "longbench" in tasks:
+        drawn["LongBench, mean (%)"] = [
+            (pattern, max(row["cache_bytes_per_sequence"] for row in rows), 100 * sum(row["score"] for row in rows) / len(rows))
+            for pattern, rows in _by_pattern(tasks["longbench"]).items()
         ]
     return drawn
+
+
+def _by_pattern(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["pattern"], []).append(row)
+    return found
 
 
 def _draw(tasks: dict[str, list[dict[str, Any]]], path: Path) -> bool:

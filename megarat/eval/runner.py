@@ -18,12 +18,15 @@ from megarat.checkpoint import load as checkpoints
 from megarat.data.reader import TokenReader, check_vocabulary
 from megarat.data.store import join
 from megarat.errors import UserError
+from megarat.eval.answers import Answerer
 from megarat.eval.harness import HarnessScore, check_tasks, run_harness
 from megarat.eval.likelihood import Scorer
+from megarat.eval.longbench import LONGBENCH_AVERAGE, LongBenchRun, LongBenchScore, check_files
 from megarat.eval.needle import ANSWER_TOKENS, NeedleMaker, read_essay
 from megarat.eval.perplexity import HeldOut, PatternScore, combine, perplexity_items
-from megarat.eval.queue import Item, Work, short_hash
+from megarat.eval.queue import PIECE, Item, Work, short_hash
 from megarat.eval.retrieval import NeedleRun, NeedleScore
+from megarat.eval.speed import NoText, speed_items
 from megarat.eval.tasks import parse_tasks
 from megarat.infer.load import LoadedModel, load
 from megarat.infer.reading import Reading, ReadingSpec
@@ -51,7 +54,8 @@ class EvalSettings:
     seed: int = 0  # of the needle tasks
     needle_text: str | None = None  # a text whose sentences are the haystack; None: made-up ones
     eval_data: str | None = None  # the folder data_tools/prepare_eval.py wrote
-    limit: int | None = None  # items of each harness task
+    longbench_data: str | None = None  # the folder of LongBench's jsonl files
+    limit: int | None = None  # items of each harness or LongBench task
     tokenizer: str | None = None
     device: str | None = None
     precision: str | None = None
@@ -69,13 +73,15 @@ def evaluate(
     tasks = parse_tasks(settings.tasks)
     if "harness" in tasks:
         check_tasks(settings.eval_data, tasks["harness"])
+    if "longbench" in tasks:
+        check_files(settings.longbench_data, tasks["longbench"])
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[settings.precision]
     model = load(checkpoint, None, _own_device(settings.device), dtype)
     readings = [model.reading(pattern) for pattern in settings.patterns or ["dense"]]
     state = checkpoints.load_state(model.checkpoint)
     length = settings.sequence_length or state.config.data.sequence_length
     work = Work(None if out is None else Path(out) / "work" / _name_of_work(model, length, settings), stop)
-    rows: dict[str, Sequence[PatternScore | NeedleScore | HarnessScore]] = {}
+    rows: dict[str, Sequence[PatternScore | NeedleScore | LongBenchScore | HarnessScore]] = {}
     if "ppl" in tasks:
         data = state.config.data
         shards = settings.shards or data.validation or data.primary
@@ -83,6 +89,8 @@ def evaluate(
         rows["ppl"] = _perplexity(model, readings, shards, length, settings, work)
     if "needle" in tasks:
         rows["needle"] = _needle(model, readings, tasks["needle"], length, settings, work)
+    if "longbench" in tasks:
+        rows["longbench"] = _longbench(model, readings, tasks["longbench"], length, settings, work)
     if "harness" in tasks:
         rows["harness"] = _harness(model, readings, tasks["harness"], length, settings, work)
     return {
@@ -99,6 +107,7 @@ def evaluate(
         "dtype": str(model.lm.embedding.weight.dtype).removeprefix("torch."),
         "sequence_length": length,
         "tasks": {task: [row.to_dict() for row in task_rows] for task, task_rows in rows.items()},
+        "speed": _speed(model, readings, length, settings, work),
     }
 
 
@@ -113,16 +122,41 @@ def _perplexity(
     return combine(model.lm, readings, _run(work, items, "perplexity", "tok", settings), length)
 
 
+def _answerer(model: LoadedModel, length: int, settings: EvalSettings) -> Answerer:
+    return Answerer(model.lm, find_tokenizer(model, settings.tokenizer), batch=settings.micro_batch, capacity=length)
+
+
 def _needle(
     model: LoadedModel, readings: list[Reading], tasks: Sequence[str], length: int, settings: EvalSettings, work: Work
 ) -> list[NeedleScore]:
-    tokenizer = find_tokenizer(model, settings.tokenizer)
+    answerer = _answerer(model, length, settings)
     essay = read_essay(settings.needle_text) if settings.needle_text else None
-    maker = NeedleMaker(tokenizer, length - ANSWER_TOKENS, seed=settings.seed, essay=essay)
-    run = NeedleRun(model.lm, maker, tokenizer, samples=settings.samples, batch=settings.micro_batch)
-    groups = [(task, reading, run.items(task, reading)) for task in tasks for reading in readings]
-    results = iter(_run(work, [item for _, _, items in groups for item in items], "needle", "prompt", settings))
-    return [run.combine(task, reading, [next(results) for _ in items]) for task, reading, items in groups]
+    maker = NeedleMaker(answerer.tokenizer, length - ANSWER_TOKENS, seed=settings.seed, essay=essay)
+    run = NeedleRun(answerer, maker, samples=settings.samples, piece=max(PIECE, settings.micro_batch))
+    return _by_task(run, tasks, readings, "needle", settings, work)
+
+
+def _longbench(
+    model: LoadedModel, readings: list[Reading], tasks: Sequence[str], length: int, settings: EvalSettings, work: Work
+) -> list[LongBenchScore]:
+    folder = check_files(settings.longbench_data, tasks)
+    piece = max(PIECE, settings.micro_batch)
+    run = LongBenchRun(_answerer(model, length, settings), folder, length=length, limit=settings.limit, piece=piece)
+    return _by_task(run, tasks, readings, "longbench", settings, work)
+
+
+def _by_task(run: Any, tasks: Sequence[str], readings: list[Reading], name: str, settings: EvalSettings, work: Work) -> list[Any]:
+    """A row a task and reading, computed reading by reading, so that an engine serves all tasks."""
+    groups = [(task, reading, run.items(task, reading)) for reading in readings for task in tasks]
+    results = iter(_run(work, [item for _, _, items in groups for item in items], name, "prompt", settings))
+    rows = [run.combine(task, reading, [next(results) for _ in items]) for task, reading, items in groups]
+    return [row for task in tasks for row in rows if row.task == task]
+
+
+def _speed(model: LoadedModel, readings: list[Reading], length: int, settings: EvalSettings, work: Work) -> list[dict[str, Any]]:
+    """Prefill and decode of every reading, measured once, by whichever process comes to it."""
+    answerer = Answerer(model.lm, NoText(model.config.vocab), batch=settings.micro_batch, capacity=length)
+    return _run(work, speed_items(answerer, readings, length), "speed", "pattern", settings)
 
 
 def _harness(
@@ -167,11 +201,13 @@ def _own_device(device: str | None) -> str | None:
 
 
 def write_results(results: dict[str, Any], folder: str | Path) -> Path:
-    """Write ``results.json`` into ``folder`` and return its path."""
+    """Write ``results.json`` into ``folder``, and beside it what differs from run to run, ``speed.json``; returns the path of the first."""
     path = Path(folder) / "results.json"
+    scores = {name: part for name, part in results.items() if name != "speed"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        path.with_name("speed.json").write_text(json.dumps(results["speed"], indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out: cannot write {path}: {error}") from None
     return path
@@ -179,8 +215,14 @@ def write_results(results: dict[str, Any], folder: str | Path) -> Path:
 
 def table(results: dict[str, Any]) -> str:
     """All rows as Markdown, one table a task."""
-    tables = {"ppl": _perplexity_table, "needle": _needle_table, "harness": _harness_table}
-    return "\n\n".join(tables[task](rows) for task, rows in results["tasks"].items())
+    tables = {
+        "ppl": _perplexity_table,
+        "needle": _needle_table,
+        "longbench": _longbench_table,
+        "harness": _harness_table,
+    }
+    parts = [tables[task](rows) for task, rows in results["tasks"].items()]
+    return "\n\n".join([*parts, *([_speed_table(results["speed"])] if results.get("speed") else [])])
 
 
 def _perplexity_table(rows: list[dict[str, Any]]) -> str:
@@ -199,6 +241,28 @@ def _needle_table(rows: list[dict[str, Any]]) -> str:
     caches = {row["pattern"]: human_bytes(row["cache_bytes_per_sequence"]) for row in rows}
     lines = [f"| needle, % (RULER / exact) | {' | '.join(tasks)} | KV cache per sequence |", "|---|" + "---:|" * (len(tasks) + 1)]
     lines += [f"| {pattern} | {' | '.join(cells[pattern, task] for task in tasks)} | {caches[pattern]} |" for pattern in caches]
+    return "\n".join(lines)
+
+
+def _longbench_table(rows: list[dict[str, Any]]) -> str:
+    """A line a pattern, a column a task, and the mean over those of RAT+'s eleven that are there."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    scores = {(row["pattern"], row["task"]): 100 * row["score"] for row in rows}
+    averaged = [task for task in tasks if task in LONGBENCH_AVERAGE] or tasks
+    lines = [f"| LongBench, % | {' | '.join(tasks)} | mean of {len(averaged)} |", "|---|" + "---:|" * (len(tasks) + 1)]
+    for pattern in dict.fromkeys(row["pattern"] for row in rows):
+        cells = [f"{scores[pattern, task]:.1f}" for task in tasks]
+        mean = sum(scores[pattern, task] for task in averaged) / len(averaged)
+        lines.append(f"| {pattern} | {' | '.join(cells)} | {mean:.1f} |")
+    return "\n".join(lines)
+
+
+def _speed_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| pattern | prefill, tokens/s | decode, tokens/s | sequences | prompt |", "|---|---:|---:|---:|---:|"]
+    lines += [
+        f"| {row['pattern']} | {row['prefill_tokens_per_s']:,.0f} | {row['decode_tokens_per_s']:,.0f} | {row['sequences']} | {row['prompt_tokens']:,} |"
+        for row in rows
+    ]
     return "\n".join(lines)
 
 

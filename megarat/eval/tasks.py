@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from megarat.errors import UserError
+from megarat.eval.longbench import LONGBENCH_AVERAGE, LONGBENCH_TASKS
 from megarat.eval.needle import NEEDLE_TASKS
 
-TASKS = ("ppl", "needle", "harness")
+TASKS = ("ppl", "needle", "longbench", "harness")
 
 
 def parse_tasks(pieces: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Comma-separated pieces to {task: chosen parts}; a piece that names no task is one more part of the task before it.
 
-    ``needle`` alone means all eight; ``harness`` needs names, which its folder of data must hold. Raises ``UserError`` for what is no task and no part of one.
+    ``needle`` alone means all eight, ``longbench`` the eleven that are averaged; ``harness`` needs names, which its folder of data must hold.
+    Raises ``UserError`` for what is no task and no part of one.
     """
     chosen: dict[str, list[str]] = {}
     current = ""
@@ -33,7 +35,8 @@ def parse_tasks(pieces: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return {task: _check_parts(task, parts) for task, parts in chosen.items()}
 
 
-_PARTS: Mapping[str, tuple[str, ...]] = {"ppl": (), "needle": tuple(NEEDLE_TASKS)}
+_PARTS: Mapping[str, tuple[str, ...]] = {"ppl": (), "needle": tuple(NEEDLE_TASKS), "longbench": tuple(LONGBENCH_TASKS)}
+_ALL: Mapping[str, tuple[str, ...]] = {**_PARTS, "longbench": LONGBENCH_AVERAGE}  # what a bare name means
 
 
 def _check_parts(task: str, parts: list[str]) -> tuple[str, ...]:
@@ -46,4 +49,4 @@ def _check_parts(task: str, parts: list[str]) -> tuple[str, ...]:
         if part not in known:
             choice = f"; it has {', '.join(known)}" if known else " and has no parts"
             raise UserError(f"--tasks: {task}:{part} is unknown{choice}")
-    return tuple(dict.fromkeys(parts)) or known
+    return tuple(dict.fromkeys(parts)) or _ALL[task]

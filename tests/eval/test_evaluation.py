@@ -132,7 +132,7 @@ def test_another_split_is_another_corpus(checkpoint, shards):
 
 
 def test_results_are_the_documented_schema(results, checkpoint, tmp_path):
-    assert list(results) == ["schema", "megarat", "checkpoint", "model", "device", "dtype", "sequence_length", "tasks"]
+    assert list(results) == ["schema", "megarat", "checkpoint", "model", "device", "dtype", "sequence_length", "tasks", "speed"]
     assert results["schema"] == 1 and results["megarat"] == megarat.__version__
     content = json.loads((checkpoint / "manifest.json").read_text())["sha256"]
     assert results["checkpoint"] == {"path": str(checkpoint), "pair": 12, "tokens": 0, "content": content}
@@ -140,7 +140,8 @@ def test_results_are_the_documented_schema(results, checkpoint, tmp_path):
     assert (results["device"], results["dtype"], results["sequence_length"]) == ("cpu", "float32", LENGTH)
     assert all(list(row) == [field.name for field in dataclasses.fields(PatternScore)] for row in results["tasks"]["ppl"])
     path = write_results(results, tmp_path / "deep" / "er")
-    assert path.name == "results.json" and json.loads(path.read_text()) == results
+    assert path.name == "results.json" and {**json.loads(path.read_text()), "speed": results["speed"]} == results
+    assert json.loads(path.with_name("speed.json").read_text()) == results["speed"]
 
 
 def test_the_documentation_names_every_field(results):
@@ -152,10 +153,16 @@ def test_the_documentation_names_every_field(results):
 
 def test_the_table_shows_every_row(results):
     lines = table(results).splitlines()
-    assert len(lines) == 2 + len(PATTERNS)
-    for line, row in zip(lines[2:], results["tasks"]["ppl"], strict=True):
+    scores, speeds = lines[2 : 2 + len(PATTERNS)], lines[-len(PATTERNS) :]
+    assert len(lines) == 2 * (2 + len(PATTERNS)) + 1
+    for line, row in zip(scores, results["tasks"]["ppl"], strict=True):
         cells = [cell.strip() for cell in line.split(" | ")]
         assert f"{row['loss']:.4f}" in cells and f"{row['perplexity']:.2f}" in cells
+    for line, row, scored in zip(speeds, results["speed"], results["tasks"]["ppl"], strict=True):
+        assert row["pattern"] == scored["pattern"] and line.startswith(
+            f"| {row['pattern']} | {row['prefill_tokens_per_s']:,.0f} | "
+        )
+        assert row["sequences"] == 5 and row["prompt_tokens"] == LENGTH - 16 and row["decode_tokens_per_s"] > 0
 
 
 @pytest.mark.parametrize(
@@ -168,7 +175,7 @@ def test_bytes_are_written_with_their_unit(count, text):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": ("ppl", "arc")}, "--tasks: unknown task 'arc'; this version has ppl, needle, harness"),
+        ({"tasks": ("ppl", "arc")}, "--tasks: unknown task 'arc'; this version has ppl, needle, longbench, harness"),
         ({"split": "test"}, "--split: 'test'; expected train or validation"),
         ({"patterns": ["dense", "D=0"]}, "the dilation D must be 1"),
         ({"patterns": [["dense"] * 5]}, "5 entries for 2 layers"),

@@ -8,14 +8,18 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from megarat import cli
 from megarat.config import ModelConfig
 from megarat.errors import UserError
 from megarat.eval import retrieval
+from megarat.eval.answers import Answerer
+from megarat.eval.longbench import LONGBENCH_AVERAGE
 from megarat.eval.needle import ANSWER_TOKENS, NEEDLE_TASKS, NeedleMaker, read_essay, ruler_score, set_score
-from megarat.eval.retrieval import NeedleRun, answer
+from megarat.eval.retrieval import NeedleRun
 from megarat.eval.tasks import parse_tasks
+from megarat.infer.generate import generate
 from megarat.infer.reading import Reading
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import resolve
@@ -162,6 +166,8 @@ def test_metrics_by_hand(prediction, ruler, exact):
         ("needle", {"needle": tuple(RULER)}),
         ("needle:single_1,multikey_2,ppl", {"needle": ("single_1", "multikey_2"), "ppl": ()}),
         (" ppl , needle:multivalue", {"ppl": (), "needle": ("multivalue",)}),
+        ("longbench:trec,qasper", {"longbench": ("trec", "qasper")}),
+        ("longbench", {"longbench": LONGBENCH_AVERAGE}),
     ],
 )
 def test_tasks_and_their_parts_are_read(text, tasks):
@@ -188,28 +194,35 @@ def test_what_is_no_task_is_refused(text, message):
 # ---- through a model --------------------------------------------------------------------------------------------------------
 
 
-def needle_run(model, budget: int, samples: int, batch: int = 8) -> NeedleRun:
-    return NeedleRun(model, maker(budget), Bytes(), samples=samples, batch=batch)
+def needle_run(model, budget: int, samples: int, batch: int = 8, piece: int = 25) -> NeedleRun:
+    answerer = Answerer(model, Bytes(), batch=batch, capacity=budget + ANSWER_TOKENS)
+    return NeedleRun(answerer, maker(budget), samples=samples, piece=piece)
 
 
-def test_a_batch_of_unequal_prompts_answers_like_each_alone(published, monkeypatch):
+def test_answers_are_those_of_each_prompt_alone_under_every_reading(published, monkeypatch):
+    """One answerer for all, so that an engine meets new requests, and another reading in between."""
     monkeypatch.setattr(retrieval, "ANSWER_TOKENS", 12)
-    reading = Reading(resolve("D=8,W=4,I=2", 2, 2))
-    prompts = [*needle_run(published, 600, 2).prompts("single_1", 0, 2), *needle_run(published, 420, 1).prompts("single_2", 0, 1)]
-    assert len({len(prompt.ids) for prompt in prompts}) > 1
-    together = answer(published, reading, prompts, Bytes(), batch=2)
-    assert together == [answer(published, reading, [prompt], Bytes(), batch=1)[0] for prompt in prompts]
+    readings = [Reading(resolve(spec, 2, 2)) for spec in ("D=8,W=4,I=2", "D=64", "D=8,W=4,I=2")]
+    run = needle_run(published, 600, samples=3, batch=2, piece=2)
+    prompts = run.prompts("single_2", 0, 3)
+    for reading in readings:
+        found = [answer for item in run.items("single_2", reading) for answer in item.run()["answers"]]
+        for prompt, text in zip(prompts, found, strict=True):
+            ids = generate(published, torch.tensor([list(prompt.ids)]), 12, reading, stop_id=Bytes.eos_id, vocabulary=256)
+            said = ids[0].tolist()
+            said = said[: said.index(Bytes.eos_id)] if Bytes.eos_id in said else said
+            assert text == Bytes().decode([*prompt.ids, *said]).removeprefix(Bytes().decode(list(prompt.ids)))
 
 
 def test_scores_are_means_over_the_samples_of_all_items(published, monkeypatch):
     """The model's part is played by a script: it gives every answer but those to each fourth prompt of an item."""
-    monkeypatch.setattr(retrieval, "_PIECE", 5)
-    run = needle_run(published, 700, samples=13, batch=2)
+    run = needle_run(published, 700, samples=13, piece=5)
+    targets = {tuple(prompt.ids): prompt.sample.target for prompt in run.prompts("multivalue", 0, 13)}
 
-    def answers(model, reading, asked, tokenizer, batch):
-        return ["" if index % 4 == 0 else prompt.sample.target for index, prompt in enumerate(asked)]
+    def answers(self, reading, requests):
+        return ["" if index % 4 == 0 else targets[tuple(request.ids)] for index, request in enumerate(requests)]
 
-    monkeypatch.setattr(retrieval, "answer", answers)
+    monkeypatch.setattr(Answerer, "answers", answers)
     reading = Reading(resolve("D=4", 2, 2))
     items = run.items("multivalue", reading)
     assert [item.size for item in items] == [5, 5, 3] and len({item.name for item in items}) == 3
