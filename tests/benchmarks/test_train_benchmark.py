@@ -8,6 +8,7 @@ import pytest
 import tiny_run
 import torch
 
+from benchmarks import losses
 from benchmarks.phases import Stopwatch
 from benchmarks.plain import PlainTrainer
 from benchmarks.profile import Kernel, summary
@@ -69,3 +70,12 @@ def test_kernels_are_put_into_classes_and_gaps_are_what_is_left():
     assert rows == {
         "matrix products": (50.0, 1), "attention": (15.0, 1), "scan": (10.0, 1), "elementwise": (5.0, 1), "gaps": (20.0, 0)
     }  # fmt: skip
+
+
+def test_losses_of_arms_are_compared_pair_by_pair(mesh, tmp_path):
+    results = tmp_path / "losses.csv"
+    shape = "--pairs 4 --layers 1 --hidden 32 --head 16 --length 48 --batch 2 --device cpu".split()
+    first, again, seed = losses.main(["default", "reference operations", "another seed", *shape, "--results", str(results)])
+    assert first["rms_distance"] == 0 and again["rms_distance"] == 0  # on a CPU all operations are the reference ones
+    assert seed["rms_distance"] > 0 and seed["largest_distance"] >= seed["rms_distance"]
+    assert len(list(csv.DictReader(results.open()))) == 3
