@@ -11,9 +11,9 @@ demo: $(VENV)/.installed
 	$(BIN)/megarat demo $(DEMO)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/slurm $(TESTS)
+	$(BIN)/python -m pytest -rs -m "not gpu" $(TESTS)
 
-# Apart from the others: these jobs run against the clock of a real Slurm, and a busy machine can make them late.
+# A part of the above, and skipped there with a reason where no Slurm can be started.
 test-slurm: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests/slurm $(TESTS)
 

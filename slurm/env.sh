@@ -42,7 +42,8 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT=1            # and leaves a trace of what each
 # export MEGARAT_HEALTH_COMMAND="dcgmi diag -r 1"    # the site's own, run on every node as well; the node is bad when it fails
 
 # ---- a job that hangs ---------------------------------------------------------------------------------------------------------------
-# Seconds without a sign of life after which the ranks are killed and the job is requeued. A start, a pair and a checkpoint must be shorter.
-: "${MEGARAT_HANG:=1800}"
+# Seconds without a sign of life after which the ranks are killed and the job is requeued: for what guard.hang_minutes of the config (30 by
+# default), by which ranks end themselves and leave their stacks, cannot see. A start, a pair and a checkpoint must be shorter.
+: "${MEGARAT_HANG:=2400}"
 
 export MEGARAT_PYTHON MEGARAT_RANK_WAIT MEGARAT_HANG

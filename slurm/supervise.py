@@ -63,7 +63,7 @@ class Heartbeat:
     """A file that the command touches as it goes on, and in which it finds out whether it is still the present start of this job."""
 
     def __init__(self, run_dir: Path, job: Job) -> None:
-        self.limit = float(os.environ.get("MEGARAT_HANG", 1800))  # seconds without a sign of life; 0: do not watch
+        self.limit = float(os.environ.get("MEGARAT_HANG", 2400))  # seconds without a sign of life; 0: do not watch
         self._path = (run_dir / f"slurm/heartbeat-{job.id}").absolute()
         start = f"{job.id}.{job.restart}"
         self._path.write_text(start + "\n", encoding="utf-8")
