@@ -1,8 +1,8 @@
 """``python -m examples.claim``: the corpus, the arms and the report of the experiment.
 
-python -m examples.claim corpus --out DIR                    fetch the text, make DIR/shards
-python -m examples.claim run --shards DIR/shards --out RES   train and measure every arm, several at a time; one JSON file an arm
-python -m examples.claim report RES                          tables and figures from these files
+python -m examples.claim run --out DIR           make DIR/corpus if it is not there, train and measure every arm; DIR/ARM-SEED.json
+python -m examples.claim corpus DIR              the corpus alone, where there is a network
+python -m examples.claim report [RESULTS]        tables and figures of the README from RESULTS/EXPERIMENT/ARM-SEED.json
 """
 
 from __future__ import annotations
@@ -35,41 +35,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m examples.claim", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m examples.claim", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    corpus = commands.add_parser("corpus", help="fetch the text and make the shards")
-    corpus.add_argument("--out", required=True, help="folder for packages, documents and shards")
-    corpus.set_defaults(call=_corpus)
-    run = commands.add_parser("run", help="train and measure arms, each in a process of its own")
+    run = commands.add_parser("run", help="make the corpus, then train and measure arms, each in a process of its own")
     run.add_argument("arms", nargs="*", metavar="ARM", help=f"of {', '.join(arms.ARMS)}; all of them by default")
     run.add_argument("--jobs", type=int, default=1, help="arms at a time on the one device")
     run.set_defaults(call=_run)
     one = commands.add_parser("arm", help="train and measure one arm in this process")
     one.add_argument("arm", metavar="ARM")
     one.set_defaults(call=_one)
+    for command in (run, one):
+        command.add_argument(
+            "--out", required=True, type=Path, help="folder for the results, and for the runs unless run.dir is set"
+        )
+        command.add_argument("--corpus", type=Path, help="folder of the corpus; default: OUT/corpus")
+        command.add_argument("--config", default=str(_HERE / "small.yaml"), help="YAML of the size (%(default)s)")
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the config")
+        command.add_argument(
+            "--needles", type=int, default=0, metavar="BATCHES", help="also fine-tune on needle tasks, so many batches"
+        )
+        command.add_argument("--keep", action="store_true", help="keep the runs of adaptations and fine-tunings")
+    corpus = commands.add_parser("corpus", help="fetch the text and make the shards")
+    corpus.add_argument("folder", help="for packages, documents and shards")
+    corpus.set_defaults(call=_corpus)
     report = commands.add_parser("report", help="write tables and figures from the results")
     report.add_argument(
         "results", nargs="?", default=str(_HERE / "results"), help="folder of EXPERIMENT/ARM-SEED.json (%(default)s)"
     )
     report.add_argument("--readme", default=str(_HERE / "README.md"), help="Markdown file whose tables are filled (%(default)s)")
     report.set_defaults(call=_report)
-    for command in (run, one):
-        command.add_argument("--config", default=str(_HERE / "small.yaml"), help="YAML of the size (%(default)s)")
-        command.add_argument("--shards", help="data.shards")
-        command.add_argument("--out", required=True, type=Path, help="folder for the results")
-        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the config")
-        command.add_argument(
-            "--needles", type=int, default=0, metavar="BATCHES", help="also fine-tune on needle tasks, for so many batches"
-        )
-        command.add_argument("--keep", action="store_true", help="keep the runs of adaptations and fine-tunings")
     return parser
-
-
-def _corpus(options: argparse.Namespace) -> int:
-    from examples.claim import corpus
-
-    corpus.main(options.out)
-    return EXIT_OK
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -77,6 +72,8 @@ def _run(options: argparse.Namespace) -> int:
     waiting = list(options.arms or arms.ARMS)
     for arm in waiting:
         arms.pretraining(options.config, arm, _overrides(options))  # a bad config is refused before anything starts
+    if not (_corpus_of(options) / "shards").is_dir():
+        _build(_corpus_of(options))
     running: dict[str, subprocess.Popen[bytes]] = {}
     codes: list[int] = []
     while waiting or running:
@@ -93,19 +90,32 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _command(arm: str, options: argparse.Namespace) -> list[str]:
-    settings = [part for override in _overrides(options) for part in ("--set", override)]
-    extras = [*(["--keep"] if options.keep else []), *(["--kinds", str(options.kinds)] if options.kinds else [])]
-    place = ["--config", options.config, "--out", str(options.out), "--needles", str(options.needles)]
-    return [sys.executable, "-m", "examples.claim", "arm", arm, *place, *settings, *extras]
+    places = ["--out", str(options.out), "--corpus", str(_corpus_of(options)), "--config", options.config]
+    settings = [part for override in options.set for part in ("--set", override)]
+    extras = ["--needles", str(options.needles), *(["--keep"] if options.keep else [])]
+    return [sys.executable, "-m", "examples.claim", "arm", arm, *places, *settings, *extras]
 
 
 def _one(options: argparse.Namespace) -> int:
     from examples.claim import life
 
+    kinds = _corpus_of(options) / "kinds"
     needles = arms.NeedleTuning(options.needles) if options.needles else None
-    extras = life.Extras(options.kinds, needles, options.keep)
+    extras = life.Extras(kinds if kinds.is_dir() else None, needles, options.keep)
     life.live(options.config, options.arm, options.out, _overrides(options), extras)
     return EXIT_OK
+
+
+def _corpus(options: argparse.Namespace) -> int:
+    _build(Path(options.folder))
+    return EXIT_OK
+
+
+def _build(folder: Path) -> None:
+    from examples.claim import corpus
+
+    built = corpus.build(folder)
+    print(f"{built.shards}: {built.train_tokens:,} tokens to train on, {built.validation_tokens:,} held out", file=sys.stderr)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -116,9 +126,13 @@ def _report(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _corpus_of(options: argparse.Namespace) -> Path:
+    return Path(options.corpus or options.out / "corpus")
+
+
 def _overrides(options: argparse.Namespace) -> tuple[str, ...]:
-    shards = (f"data.shards={options.shards}",) if options.shards else ()
-    return (*shards, *options.set)
+    """What the command line says, behind the places that follow from its folders."""
+    return (f"data.shards={_corpus_of(options) / 'shards'}", f"run.dir={options.out / 'runs'}", *options.set)
 
 
 if __name__ == "__main__":

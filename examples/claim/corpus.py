@@ -13,7 +13,6 @@ import io
 import json
 import re
 import subprocess
-import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -276,11 +275,3 @@ def _write_sources(text: Path, path: Path, notes: list[str]) -> None:
         "packages": [*demo.licences(), *notes],
     }
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def main(folder: str) -> None:
-    """Build and say what was built."""
-    summary = build(folder)
-    print(
-        f"{summary.shards}: {summary.train_tokens:,} tokens to train on, {summary.validation_tokens:,} held out", file=sys.stderr
-    )

@@ -14,6 +14,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,8 +97,8 @@ def live(path: str, arm: str, out: Path, overrides: tuple[str, ...] = (), extras
     results.put("topk", score(run, arms.TOPK, limit_tokens=_TOPK_TOKENS))
     if extras.needles is not None:
         tunings: list[dict[str, Any]] = []
-        for pattern in (*arms.NEEDLE_READINGS, None):
-            tunings.append(tuned(config, pattern, extras.needles))
+        for reading in (*arms.NEEDLE_READINGS, None):
+            tunings.append(tuned(config, reading, extras.needles))
             results.put("needles", tunings)
     if not extras.keep:
         for folder in (f"{run}-adapted", f"{run}-needle"):
@@ -108,8 +109,9 @@ def live(path: str, arm: str, out: Path, overrides: tuple[str, ...] = (), extras
 def training_record(run: Path) -> dict[str, Any]:
     """Loss curve (means of at most CURVE_POINTS stretches), tokens, time and speed of a run, from its metrics."""
     rows = read_metrics(run)
-    stretch = max(1, len(rows) // CURVE_POINTS)
-    parts = [rows[first : first + stretch] for first in range(0, len(rows), stretch)]
+    points = min(CURVE_POINTS, len(rows))
+    edges = [point * len(rows) // points for point in range(points + 1)]
+    parts = [rows[first:end] for first, end in pairwise(edges)]
     speeds = sorted(row["tokens_per_s"] for row in rows)
     return {
         "pairs": rows[-1]["pair"],

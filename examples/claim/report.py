@@ -346,7 +346,11 @@ def draw(experiment: Experiment, folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     figures = {"loss": _draw_losses, "perplexity": _draw_perplexity, "memory": _draw_memory}
-    return [_save(experiment, make, folder / f"{experiment.name}-{name}.png") for name, make in figures.items()]
+    return [
+        _save(experiment, make, folder / f"{experiment.name}-{name}.png")
+        for name, make in figures.items()
+        if name != "memory" or any("gates" in record for record in experiment.records)
+    ]
 
 
 def _save(experiment: Experiment, make: Callable[[Experiment, Any], None], path: Path) -> Path:
@@ -363,15 +367,16 @@ def _save(experiment: Experiment, make: Callable[[Experiment, Any], None], path:
 
 
 def _draw_losses(experiment: Experiment, axis: Any) -> None:
-    for color, arm in enumerate(experiment.present):
-        curve = experiment.of(arm)[0]["pretraining"]["curve"]
+    shown = [experiment.of(arm)[0] for arm in experiment.present]
+    for color, record in enumerate(shown):
+        curve = record["pretraining"]["curve"]
         tokens = [point["tokens"] / 1e6 for point in curve]
-        axis.plot(tokens, [point["loss_dense"] for point in curve], color=f"C{color}", label=arms.TITLES[arm])
-        if experiment.of(arm)[0]["config"]["attention"]["train_dilation"] == 64:
+        axis.plot(tokens, [point["loss_dense"] for point in curve], color=f"C{color}", label=arms.TITLES[record["arm"]])
+        if record["config"]["attention"]["train_dilation"] == 64:
             axis.plot(
                 tokens, [point["loss_sparse"] for point in curve], color=f"C{color}", linestyle=":", label="its sparse pass, D=64"
             )
-    curves = [record["pretraining"]["curve"] for arm in experiment.present for record in experiment.of(arm)]
+    curves = [record["pretraining"]["curve"] for record in shown]
     highest = max(curve[len(curve) // 10]["loss_dense"] for curve in curves)  # the fall of the first tenth is left out
     axis.set(xlabel="million tokens", ylabel="training loss, nats", ylim=(None, highest))
 
