@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 import torch
 
-from benchmarks import losses
+from benchmarks import losses, train_report
 from benchmarks.phases import Stopwatch
 from benchmarks.plain import PlainTrainer
 from benchmarks.profile import Kernel, summary
@@ -79,3 +79,12 @@ def test_losses_of_arms_are_compared_pair_by_pair(mesh, tmp_path):
     assert first["rms_distance"] == 0 and again["rms_distance"] == 0  # on a CPU all operations are the reference ones
     assert seed["rms_distance"] > 0 and seed["largest_distance"] >= seed["rms_distance"]
     assert len(list(csv.DictReader(results.open()))) == 3
+
+
+def test_the_page_shows_the_last_figures(monkeypatch, tmp_path):
+    page = tmp_path / "performance.md"
+    page.write_text(train_report.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    written = page.read_text(encoding="utf-8")
+    monkeypatch.setattr(train_report, "PAGE", page)
+    train_report.main()
+    assert page.read_text(encoding="utf-8") == written

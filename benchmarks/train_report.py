@@ -1,0 +1,148 @@
+"""The tables of docs/performance.md, from train.csv, profile.csv and losses.csv: `python -m benchmarks.train_report`.
+
+What stands between `<!-- name -->` and `<!-- end -->` is made anew; the text around it is written by hand. The last row of each setting
+counts.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+PAGE = FOLDER.parent / "docs" / "performance.md"
+Row = dict[str, str]
+
+
+def read(name: str) -> list[Row]:
+    path = FOLDER / name
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def latest(rows: Iterable[Row], *keys: str) -> list[Row]:
+    """The last row of each combination of keys, in order of first appearance."""
+    found: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        found[tuple(row[key] for key in keys)] = row
+    return list(found.values())
+
+
+def table(columns: str, lines: Iterable[Iterable[object]]) -> str:
+    """A Markdown table; numbers of columns after the first are set to the right."""
+    names = [name.strip() for name in columns.split("|")]
+    rule = "| --- |" + " ---: |" * (len(names) - 1)
+    return "\n".join(["| " + " | ".join(names) + " |", rule, *("| " + " | ".join(map(str, line)) + " |" for line in lines)])
+
+
+SETTING = ("gpus", "implementation", "size", "length", "micro_batch", "accumulation", "mesh", "settings", "data")
+
+
+def thousands(text: str) -> str:
+    return f"{float(text) / 1e3:.1f} k" if text else "–"
+
+
+def speed() -> str:
+    """Every setting once."""
+    rows = sorted(
+        latest(read("train.csv"), *SETTING),
+        key=lambda r: (r["size"], int(r["length"]), int(r["gpus"]), r["implementation"], r["settings"]),
+    )
+    lines = (
+        (
+            f"{row['implementation']} {row['size']}, T={row['length']}{'' if row['gpus'] == '1' else ', ' + row['gpus'] + ' GPUs: ' + row['mesh']}",
+            f"{row['micro_batch']} x {row['accumulation']}", row["settings"] or "defaults", thousands(row["sparse_tokens_s"]),
+            thousands(row["dense_tokens_s"]), f"**{thousands(row['joint_tokens_s'])}**", f"{100 * float(row['mfu']):.1f} %", row["peak_gb"],
+            row["update_ms"] or "–", row["matmul_tflop_s"], row["commit"],
+        )
+        for row in rows
+    )  # fmt: skip
+    head = "what | micro-batch | settings | sparse tokens/s | dense tokens/s | joint data-tokens/s | MFU | peak GB | update ms | matmul TFLOP/s | commit"
+    return table(head, lines)
+
+
+def levers() -> str:
+    """Each setting beside the default of the same size, micro-batch and number of GPUs."""
+    rows = [row for row in latest(read("train.csv"), *SETTING) if row["implementation"] == "megarat"]
+    lines = []
+    for row in rows:
+        if not row["settings"]:
+            continue
+        alike = ("size", "length", "micro_batch", "accumulation", "gpus", "data")
+        base = [r for r in rows if not r["settings"] and all(r[key] == row[key] for key in alike)]
+        if not base:
+            continue
+        change = float(row["joint_tokens_s"]) / float(base[-1]["joint_tokens_s"]) - 1
+        memory = float(row["peak_gb"]) - float(base[-1]["peak_gb"])
+        lines.append(
+            (
+                f"`{row['settings']}`, {row['size']}, {row['micro_batch']} x {row['length']}",
+                f"{100 * change:+.1f} %",
+                f"{memory:+.1f} GB",
+            )
+        )
+    return table("switch | joint tokens/s | peak memory", lines)
+
+
+def profile() -> str:
+    """GPU time by class of kernel of the last profile of each setting, in percent."""
+    runs: dict[tuple[str, ...], list[Row]] = {}
+    for row in read("profile.csv"):
+        if not row["class"].startswith("kernel:"):
+            runs.setdefault(
+                tuple(row[key] for key in ("implementation", "size", "settings", "micro_batch", "time", "commit")), []
+            ).append(row)
+    newest = {key[:4]: (key, rows) for key, rows in runs.items()}
+    classes = list(dict.fromkeys(row["class"] for _, rows in newest.values() for row in rows))
+    lines = []
+    for (implementation, size, settings, micro_batch, _, commit), rows in newest.values():
+        shares = {row["class"]: row["percent"] for row in rows}
+        total = sum(float(row["ms"]) for row in rows)
+        name = f"{implementation} {size}, micro-batch {micro_batch}, {settings or 'defaults'} ({commit})"
+        lines.append((name, f"{total:.0f}", *(f"{shares.get(label, '0')} %" for label in classes)))
+    return table("run | ms | " + " | ".join(classes), lines)
+
+
+def losses() -> str:
+    """The arms of each comparison."""
+    rows = latest(read("losses.csv"), "arm", "pairs", "layers", "hidden", "batch")
+    lines = (
+        (
+            r["arm"],
+            r["pairs"],
+            r["loss_sparse"],
+            r["loss_dense"],
+            r["mean_distance"],
+            r["rms_distance"],
+            r["largest_distance"],
+            r["commit"],
+        )
+        for r in rows
+    )
+    return table(
+        "arm | pairs | sparse loss | dense loss | mean distance | rms distance | largest distance, any pair | commit", lines
+    )
+
+
+def machines() -> str:
+    """What the figures were measured on."""
+    keys = ("gpu", "driver", "torch", "triton", "deepspeed")
+    return "; ".join(
+        " ".join(f"{key} {row[key]}" if key != "gpu" else row[key] for key in keys) for row in latest(read("train.csv"), *keys)
+    )
+
+
+def main() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    for name, make in (("speed", speed), ("levers", levers), ("profile", profile), ("losses", losses), ("machines", machines)):
+        block = f"<!-- {name} -->\n{make()}\n<!-- end -->"
+        text = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.DOTALL)
+    PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
