@@ -178,7 +178,7 @@ def dilated_attention(
     for float64 inputs).
     """
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
-    unsupported = _unsupported(q_BTHK, k_BTHK, v_BTHK)
+    unsupported = _unsupported(q_BTHK, k_BTHK, v_BTHK, scale)
     kernels = choose_backend("dilated_attention", backend, q_BTHK, unsupported) == "triton"
     starts_BT = document_start_positions(document_ids_BT) if kernels and document_ids_BT is not None else None
     groups = group_heads(pattern, q_BTHK.shape[2])
@@ -216,7 +216,7 @@ def _attend_triton(
     return out_BTHK, lse_BHT.transpose(1, 2)
 
 
-def _unsupported(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> str | None:
+def _unsupported(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, scale: float) -> str | None:
     """Why the kernels cannot serve these inputs, or None."""
     if not q_BTHK.dtype == k_BTHK.dtype == v_BTHK.dtype or q_BTHK.dtype == torch.float64:
         return f"the inputs are {q_BTHK.dtype}, {k_BTHK.dtype} and {v_BTHK.dtype}"
@@ -224,6 +224,8 @@ def _unsupported(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> str | None:
         return f"the head size {q_BTHK.shape[-1]} is none of 16, 32, 64 and 128"
     if any(x.stride(-1) != 1 for x in (q_BTHK, k_BTHK, v_BTHK)):
         return "the channels of an input are not contiguous"
+    if scale <= 0:
+        return f"the scale {scale} is not positive"
     return None
 
 

@@ -1,13 +1,13 @@
 """Triton kernels of dilated attention: one online softmax over self, far keys and window; a backward without atomics.
 
 Every kernel works on the range algebra of `megarat.ops.dilated_attention`: the far keys of a sequence (initial and dilated tokens)
-are one list sorted by position, of which query i sees those in front of lo = max(0, i - W), and its window is [lo, i). A program walks
+are one list sorted by position, of which query i sees those in front of lo = max(0, i - W), and its window is [lo, i]. A program walks
 the far tiles and then the window tiles in one loop, reading whole rows of K at their positions, and masks only at the ends of the two
-ranges. The softmax starts from the query's own key, computed row by row: it is always visible, hence no row is ever empty, and with
-W = 0 the wide diagonal tile of a causal kernel disappears altogether.
+ranges. With W = 0 the wide diagonal tile of a causal kernel disappears altogether: the softmax starts from the query's own key, computed
+row by row. Where documents share a sequence, both ranges begin at the query's document.
 
 Backward, three launches, each writing what it alone owns:
-  queries  dq, the gate's gradient, delta = rowsum(dout * out), and for W = 0 the own key's part of dk and dv
+  queries  dq, the gate's gradient, delta = rowsum(dout * out), and for W = 0 the own key's part of dk and dv, computed row by row
   window   (W > 0) dk and dv from the queries in [j, j + W], the own one included
   far      dk and dv of the far keys from the queries behind j + W, split over stretches of queries; added to dk and dv at the end
 
@@ -28,21 +28,22 @@ from torch.autograd.function import once_differentiable
 
 LOG2E = 1.4426950408889634
 NO_DILATION = 1 << 23  # stands for D = -1: longer than any sequence, and a tile of its multiples still fits 32 bits
+LOWEST = tl.constexpr(-1e30)  # a finite "minus infinity": differences of two of them are 0, not NaN
 FAR_PROGRAMS = 512  # the far gradient splits its queries until about so many programs exist
 
 Tile = tuple[int, int, int, int, int]
 
-# (M, N, warps, stages, registers a thread); chosen by timing on an H200. A forward with few keys a query is bound by memory and wants small tiles, one
-# with many by the matrix units. fp32 tiles need twice the shared memory and serve no training.
+# (M, N, warps, stages, registers a thread); chosen by timing on an H200, and every one fits the 99 KB of shared memory that GPUs of
+# compute capability 8.6 or 8.9 have. A forward with few keys a query is bound by memory and wants small tiles, one with many by the
+# matrix units; 128 registers instead of some 160 let four programs share a multiprocessor. fp32 tiles serve no training.
 FORWARD_TILES = (
-    (64, (64, 16, 4, 2, 255)),
-    (768, (64, 32, 4, 2, 255)),
-    (NO_DILATION, (128, 64, 8, 3, 255)),
+    (64, (64, 16, 4, 3, 128)),
+    (768, (64, 32, 4, 2, 128)),
+    (NO_DILATION, (128, 64, 8, 2, 128)),
 )  # (up to so many keys a query, tile)
 QUERY_TILES = ((64, (64, 16, 4, 2, 255)), (256, (64, 32, 4, 3, 255)), (1 << 30, (64, 64, 4, 2, 255)))
 KEY_TILE = (32, 64, 4, 3, 255)
 FP32_TILE = (32, 32, 4, 1, 255)
-LAZY = False
 
 
 @triton.jit
@@ -103,11 +104,11 @@ def _key_tile(
 
 @triton.jit
 def _seen(j_N, is_far, i_M, start_M, window, WINDOWED: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """(M, N): far keys lie in front of the window, the others inside of it; none in front of the query's document."""
+    """(M, N): far keys lie in front of the window, the others inside of it, the own one too; none in front of the query's document."""
     lo_M = tl.maximum(i_M - window, 0)
     if WINDOWED:
         from_M = tl.maximum(tl.where(is_far, 0, lo_M), start_M)
-        to_M = tl.where(is_far, lo_M, i_M)
+        to_M = tl.where(is_far, lo_M, i_M + 1)
         seen_MN = (j_N[None, :] >= from_M[:, None]) & (j_N[None, :] < to_M[:, None])
     elif DOCUMENTS:
         seen_MN = (j_N[None, :] >= start_M[:, None]) & (j_N[None, :] < lo_M[:, None])
@@ -142,7 +143,7 @@ def _forward_kernel(
     q_ptr, k_ptr, v_ptr, gate_ptr, starts_ptr, out_ptr, lse_ptr, T, H, dilation, window, initial, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, gate_b, gate_t, gate_h,
     K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    WINDOWED: tl.constexpr, GATED: tl.constexpr, DOCUMENTS: tl.constexpr, WIDE: tl.constexpr, LAZY: tl.constexpr,
+    WINDOWED: tl.constexpr, GATED: tl.constexpr, DOCUMENTS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # the longest rows of work start first
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
@@ -152,11 +153,14 @@ def _forward_kernel(
     q_MK = tl.load(_rows(q_ptr + b * q_b + start * q_t + h * q_h, local_M, q_t, K), mask=in_M1, other=0.0)
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
-    own_k_MK = tl.load(_rows(k_ptr + start * k_t, local_M, k_t, K), mask=in_M1, other=0.0)
-    own_v_MK = tl.load(_rows(v_ptr + start * v_t, local_M, v_t, K), mask=in_M1, other=0.0)
-    top_M = tl.sum(q_MK.to(tl.float32) * own_k_MK.to(tl.float32), axis=1) * scale
-    sum_M = tl.full([M], 1.0, tl.float32)
-    acc_MK = own_v_MK.to(tl.float32)
+    if WINDOWED:
+        top_M, sum_M = tl.full([M], LOWEST, tl.float32), tl.zeros([M], tl.float32)
+        acc_MK = tl.zeros([M, K], tl.float32)
+    else:
+        own_k_MK = tl.load(_rows(k_ptr + start * k_t, local_M, k_t, K), mask=in_M1, other=0.0)
+        acc_MK = tl.load(_rows(v_ptr + start * v_t, local_M, v_t, K), mask=in_M1, other=0.0).to(tl.float32)
+        top_M = tl.sum(q_MK.to(tl.float32) * own_k_MK.to(tl.float32), axis=1) * scale
+        sum_M = tl.full([M], 1.0, tl.float32)
 
     start_M, lowest, highest = _documents(starts_ptr + b * T, i_M, first, T, M, DOCUMENTS)
     first_tile, far_tiles, tiles = _tile_counts(first, T, lowest, window, dilation, initial, M, N, WINDOWED)
@@ -168,25 +172,11 @@ def _forward_kernel(
         s_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision="tf32x3")
         if partial:
             s_MN = tl.where(_seen(j_N, is_far, i_M, start_M, window, WINDOWED, DOCUMENTS), s_MN, float("-inf"))
-        if LAZY:
-            # p may exceed 1 as far as its dtype allows without loss: the sums are carried over to a new reference only when needed
-            s_MN = s_MN * scale - top_M[:, None]
-            excess_M = tl.max(s_MN, axis=1)
-            if tl.max(excess_M, axis=0) > 8.0:
-                rise_M = tl.maximum(excess_M, 0.0)
-                s_MN -= rise_M[:, None]
-                shrink_M = tl.exp2(-rise_M)
-                acc_MK *= shrink_M[:, None]
-                top_M, sum_M = top_M + rise_M, sum_M * shrink_M
-            p_MN = tl.exp2(s_MN)
-            acc_MK = tl.dot(p_MN.to(v_NK.dtype), v_NK, acc_MK, input_precision="tf32x3")
-            sum_M += tl.sum(p_MN, axis=1)
-        else:
-            new_top_M = tl.maximum(top_M, tl.max(s_MN, axis=1) * scale)
-            p_MN = tl.exp2(s_MN * scale - new_top_M[:, None])
-            shrink_M = tl.exp2(top_M - new_top_M)
-            acc_MK = tl.dot(p_MN.to(v_NK.dtype), v_NK, acc_MK * shrink_M[:, None], input_precision="tf32x3")
-            top_M, sum_M = new_top_M, sum_M * shrink_M + tl.sum(p_MN, axis=1)
+        new_top_M = tl.maximum(top_M, tl.max(s_MN, axis=1) * scale)
+        p_MN = tl.exp2(s_MN * scale - new_top_M[:, None])
+        shrink_M = tl.exp2(top_M - new_top_M)
+        acc_MK = tl.dot(p_MN.to(v_NK.dtype), v_NK, acc_MK * shrink_M[:, None], input_precision="tf32x3")
+        top_M, sum_M = new_top_M, sum_M * shrink_M + tl.sum(p_MN, axis=1)
 
     out_MK = acc_MK / sum_M[:, None]
     if GATED:
@@ -232,16 +222,18 @@ def _queries_kernel(
     q_MK = tl.load(_rows(q_ptr + b * q_b + start * q_t + h * q_h, local_M, q_t, K), mask=in_M1, other=0.0)
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
-    own_k_MK = tl.load(_rows(k_ptr + start * k_t, local_M, k_t, K), mask=in_M1, other=0.0).to(tl.float32)
-    own_v_MK = tl.load(_rows(v_ptr + start * v_t, local_M, v_t, K), mask=in_M1, other=0.0).to(tl.float32)
-    own_p_M = tl.exp2(tl.sum(q_MK.to(tl.float32) * own_k_MK, axis=1) * scale - lse_M)
-    own_ds_M = own_p_M * (tl.sum(dout_MK.to(tl.float32) * own_v_MK, axis=1) - delta_M)
-    if not WINDOWED:
+    if WINDOWED:
+        dq_MK = tl.zeros([M, K], tl.float32)
+    else:
+        own_k_MK = tl.load(_rows(k_ptr + start * k_t, local_M, k_t, K), mask=in_M1, other=0.0).to(tl.float32)
+        own_v_MK = tl.load(_rows(v_ptr + start * v_t, local_M, v_t, K), mask=in_M1, other=0.0).to(tl.float32)
+        own_p_M = tl.exp2(tl.sum(q_MK.to(tl.float32) * own_k_MK, axis=1) * scale - lse_M)
+        own_ds_M = own_p_M * (tl.sum(dout_MK.to(tl.float32) * own_v_MK, axis=1) - delta_M)
         dk_MK = q_MK.to(tl.float32) * (own_ds_M * plain_scale)[:, None]
         dv_MK = dout_MK.to(tl.float32) * own_p_M[:, None]
         tl.store(_rows(dk_ptr + row_0, local_M, H * K, K), dk_MK.to(dk_ptr.dtype.element_ty), mask=in_M1)
         tl.store(_rows(dv_ptr + row_0, local_M, H * K, K), dv_MK.to(dv_ptr.dtype.element_ty), mask=in_M1)
-    dq_MK = own_k_MK * own_ds_M[:, None]
+        dq_MK = own_k_MK * own_ds_M[:, None]
 
     start_M, lowest, highest = _documents(starts_ptr + b * T, i_M, first, T, M, DOCUMENTS)
     first_tile, far_tiles, tiles = _tile_counts(first, T, lowest, window, dilation, initial, M, N, WINDOWED)
@@ -399,7 +391,7 @@ def attention_forward(
         q_BTHK, k_BTHK, v_BTHK, gate, lse_BHT if starts_BT is None else starts_BT, out_BTHK, lse_BHT, length, heads,
         **_pattern_arguments(pattern), scale=scale * LOG2E, **_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, gate=gate),
         K=channels, WINDOWED=pattern[1] > 0, GATED=gate_BTHK is not None, DOCUMENTS=starts_BT is not None,
-        WIDE=_is_wide(k_BTHK, v_BTHK), LAZY=LAZY, **_tile_options(tile),
+        WIDE=_is_wide(k_BTHK, v_BTHK), **_tile_options(tile),
     )  # fmt: skip
     return out_BTHK, lse_BHT
 

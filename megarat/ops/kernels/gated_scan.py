@@ -63,47 +63,46 @@ def _in_front(decay_SC, k_SC, v_SC, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _add(k1_l, k2_l, v1_l, v2_l, k1_r, k2_r, v1_r, v2_r):
-    return k1_l + k1_r, k2_l + k2_r, v1_l + v1_r, v2_l + v2_r
+def _await_words(a_SC, b_SC, R: tl.constexpr, POLL: tl.constexpr, PACK: tl.constexpr):
+    """Four fp32 tiles as soon as nothing of them is EMPTY: at a, at a + R, at b and at b + R.
 
-
-@triton.jit
-def _peek(chain_ptr, maps_ptr, order, R, stream, c_C, S: tl.constexpr, BACK: tl.constexpr):
-    """One look at what `_await` waits for: the state in rows k1, k2, v1, v2 of a tile, and how many of the entries are EMPTY."""
-    part_S1 = tl.arange(0, S)[:, None]
-    at_SC = (part_S1 % 2) * R + (part_S1 // 2) * stream + c_C[None, :]
-    link = order + 1 - BACK
-    chain_ptr += tl.maximum(link, 0).to(tl.int64) * 2 * stream
-    state_SC = tl.load(chain_ptr.to(tl.pointer_type(tl.int32)) + at_SC, mask=part_S1 < 4, other=0, volatile=True)
-    empty_SC = (state_SC == EMPTY).to(tl.int32)
-    state_SC = state_SC.to(tl.float32, bitcast=True)
-    for i in tl.static_range(BACK - 1):
-        map_ptr = (maps_ptr + (link + i).to(tl.int64) * 3 * stream).to(tl.pointer_type(tl.int32))
-        is_there = (part_S1 < 4) & (link + i >= 0)
-        decay_SC = tl.load(map_ptr + (part_S1 % 2) * R + c_C[None, :], mask=is_there, other=0, volatile=True)
-        x_SC = tl.load(map_ptr + stream + at_SC, mask=is_there, other=0, volatile=True)
-        empty_SC += ((decay_SC == EMPTY) | (x_SC == EMPTY)).to(tl.int32)
-        after_SC = decay_SC.to(tl.float32, bitcast=True) * state_SC + x_SC.to(tl.float32, bitcast=True)
-        state_SC = tl.where(is_there, after_SC, state_SC)
-    return state_SC, tl.max(tl.max(empty_SC, axis=1), axis=0)
-
-
-@triton.jit
-def _await(chain_ptr, maps_ptr, order, R, stream, c_C, S: tl.constexpr, BACK: tl.constexpr):
-    """The state in front of block number `order`, as four (C,) vectors: an entry of the chain, carried through BACK - 1 blocks.
-
-    Polled until no entry is EMPTY, by volatile loads, which read the L2 and never a stale L1 line. The tiles have the shape of the
-    block's own, so that no thread holds a copy of another's entry: copies might be polled at different times and disagree.
+    Every thread polls its own words (`_polling`); no vote, no barrier. PACK is the words of a tile in one thread, or 0 where they are known to be there.
     """
-    state_SC, empty = _peek(chain_ptr, maps_ptr, order, R, stream, c_C, S, BACK)
-    while empty > 0:
-        state_SC, empty = _peek(chain_ptr, maps_ptr, order, R, stream, c_C, S, BACK)
-    part_S1 = tl.arange(0, S)[:, None]
-    rows = (
-        tl.where(part_S1 == 0, state_SC, 0.0), tl.where(part_S1 == 1, state_SC, 0.0),
-        tl.where(part_S1 == 2, state_SC, 0.0), tl.where(part_S1 == 3, state_SC, 0.0),
-    )  # fmt: skip
-    return tl.reduce(rows, 0, _add)
+    if PACK > 0:
+        a1, a2, b1, b2 = tl.inline_asm_elementwise(
+            POLL, "=r,=r,=r,=r,l,l" if PACK == 1 else "=r,=r,=r,=r,=r,=r,=r,=r,l,l,l,l", [a_SC.to(tl.int64), b_SC.to(tl.int64)],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=PACK,
+        )  # fmt: skip
+    else:
+        a1, a2, b1, b2 = tl.load(a_SC), tl.load(a_SC + R), tl.load(b_SC), tl.load(b_SC + R)
+    return a1, a2, b1, b2
+
+
+def _polling(pack: int, pairs: int) -> str:
+    """The PTX of `_await_words` where `pack` words of a tile lie in one thread: loads until none is EMPTY.
+
+    Volatile loads read the L2, never a stale L1 line. Operands: pack words of each result, then pack addresses of each argument.
+    """
+    words = range(4 * pack)
+    address = [f"${4 * pack + word // (2 * pack) * pack + word % pack}+{word // pack % 2 * 4 * pairs}" for word in words]
+    loads = " ".join(f"ld.volatile.global.b32 ${word}, [{address[word]}];" for word in words)
+    checks = " ".join(f"setp.eq.or.u32 empty, ${word}, 0xffffffff, empty;" for word in words[1:])
+    return "{ .reg .pred empty; again: " + loads + " setp.eq.u32 empty, $0, 0xffffffff; " + checks + " @empty bra again; }"
+
+
+@triton.jit
+def _await(chain_ptr, maps_ptr, order, stream, c_SC, R: tl.constexpr, BACK: tl.constexpr, POLL: tl.constexpr, PACK: tl.constexpr):
+    """The state in front of block number `order`, four (S, C) tiles of equal rows: an entry of the chain, carried through BACK - 1 blocks."""
+    link = order + 1 - BACK
+    entry_SC = chain_ptr + tl.maximum(link, 0).to(tl.int64) * 2 * stream + c_SC
+    k1, k2, v1, v2 = _await_words(entry_SC, entry_SC + stream, R, POLL, PACK)
+    for i in tl.static_range(BACK - 1):
+        if link + i >= 0:
+            entry_SC = maps_ptr + (link + i).to(tl.int64) * 3 * stream + c_SC
+            decay1, decay2, x_k1, x_k2 = _await_words(entry_SC, entry_SC + stream, R, POLL, PACK)
+            x_v1, x_v2, _, _ = _await_words(entry_SC + 2 * stream, entry_SC + 2 * stream, R, POLL, PACK)
+            k1, k2, v1, v2 = decay1 * k1 + x_k1, decay2 * k2 + x_k2, decay1 * v1 + x_v1, decay2 * v2 + x_v2
+    return k1, k2, v1, v2
 
 
 @triton.jit
@@ -211,7 +210,7 @@ def _load_tables(cos_ptr, sin_ptr, offs_SC, t_S, T, R, L: tl.constexpr, ROTATE: 
 def _forward_kernel(
     k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, k_out_ptr, v_out_ptr, chain_ptr, maps_ptr, saved_ptr,
     B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, table_b,
-    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, BACK: tl.constexpr,
+    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, BACK: tl.constexpr, POLL: tl.constexpr, PACK: tl.constexpr,
     SAVE_STEPS: tl.constexpr, ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     columns = R // BH
@@ -232,6 +231,7 @@ def _forward_kernel(
 
     stream = B * H * (2 * R)
     column_C = (group // columns) * (2 * R) + first + c_C
+    column_SC = column_C[None, :] + tl.zeros([S, BH], tl.int32)
     t0 = block * (S * L)
     t_S, start = t0 + rows_S * L, t0.to(tl.int64)
     g1 = _load_steps(g_ptr + start * g_t, g_offs, g_t, t_S, T, inf, L, MASKED)
@@ -256,9 +256,9 @@ def _forward_kernel(
         _publish_map(
             entry_C, R, stream, front1, front2, decay1, decay2, s_k1, s_k2, s_v1, s_v2, end_k1, end_k2, end_v1, end_v2, is_last_S1
         )  # fmt: skip
-    in_k1, in_k2, in_v1, in_v2 = _await(chain_ptr, maps_ptr, block, R, stream, column_C, S, BACK)
-    s_k1, s_k2 = front1 * in_k1[None, :] + s_k1, front2 * in_k2[None, :] + s_k2
-    s_v1, s_v2 = front1 * in_v1[None, :] + s_v1, front2 * in_v2[None, :] + s_v2
+    in_k1, in_k2, in_v1, in_v2 = _await(chain_ptr, maps_ptr, block, stream, column_SC, R, BACK, POLL, PACK)
+    s_k1, s_k2 = front1 * in_k1 + s_k1, front2 * in_k2 + s_k2
+    s_v1, s_v2 = front1 * in_v1 + s_v1, front2 * in_v2 + s_v2
     end_k1, end_k2 = decay1 * s_k1 + end_k1, decay2 * s_k2 + end_k2
     end_v1, end_v2 = decay1 * s_v1 + end_v1, decay2 * s_v2 + end_v2
     entry_C = chain_ptr + (block + 1).to(tl.int64) * 2 * stream + column_C
@@ -335,7 +335,7 @@ def _store_gradients(
 def _backward_kernel(
     k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, dk_out_ptr, dv_out_ptr, saved_ptr, chain_ptr, maps_ptr, dk_ptr, dv_ptr, dg_ptr,
     B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, table_b, blocks,
-    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, BACK: tl.constexpr,
+    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, BACK: tl.constexpr, POLL: tl.constexpr, PACK: tl.constexpr,
     ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     columns = R // BH
@@ -360,6 +360,7 @@ def _backward_kernel(
 
     stream = B * H * (2 * R)
     column_C = (group // columns) * (2 * R) + first + c_C
+    column_SC = column_C[None, :] + tl.zeros([S, BH], tl.int32)
     t0 = block * (S * L)
     t_S, start = t0 + rows_S * L, t0.to(tl.int64)
     g1 = _load_steps(g_ptr + start * g_t, g_offs, g_t, t_S, T, inf, L, MASKED)
@@ -395,9 +396,9 @@ def _backward_kernel(
         _publish_map(
             entry_C, R, stream, behind1, behind2, decay1, decay2, p_k1, p_k2, p_v1, p_v2, end_k1, end_k2, end_v1, end_v2, is_first_S1
         )  # fmt: skip
-    from_k1, from_k2, from_v1, from_v2 = _await(chain_ptr, maps_ptr, order, R, stream, column_C, S, BACK)
-    p_k1, p_k2 = behind1 * from_k1[None, :] + p_k1, behind2 * from_k2[None, :] + p_k2
-    p_v1, p_v2 = behind1 * from_v1[None, :] + p_v1, behind2 * from_v2[None, :] + p_v2
+    from_k1, from_k2, from_v1, from_v2 = _await(chain_ptr, maps_ptr, order, stream, column_SC, R, BACK, POLL, PACK)
+    p_k1, p_k2 = behind1 * from_k1 + p_k1, behind2 * from_k2 + p_k2
+    p_v1, p_v2 = behind1 * from_v1 + p_v1, behind2 * from_v2 + p_v2
     end_k1, end_k2 = decay1 * p_k1 + end_k1, decay2 * p_k2 + end_k2
     end_v1, end_v2 = decay1 * p_v1 + end_v1, decay2 * p_v2 + end_v2
     entry_C = chain_ptr + (order + 1).to(tl.int64) * 2 * stream + column_C
@@ -456,8 +457,12 @@ def _launch_shape(tile: Tile, like_BTHK: Tensor) -> tuple[tuple[int], int, dict[
     batch, length, heads, channels = like_BTHK.shape
     pairs = next(p for p in (64, 32, 16, 8) if p <= most_pairs and channels % (2 * p) == 0)  # channels are a multiple of 16
     blocks = triton.cdiv(length, segments * steps)
-    warps = min(warps, max(1, segments * pairs // 32))  # no thread without an entry of its own: see _await
-    options = {"R": channels // 2, "BH": pairs, "S": segments, "L": steps, "BACK": back, "num_warps": warps, "maxnreg": registers}
+    warps = min(warps, max(1, segments * pairs // 32))  # no thread without an entry of its own: see _await_words
+    pack = 0 if triton.knobs.runtime.interpret else min(2, segments * pairs // (32 * warps))  # interpreted programs run in turn
+    poll = _polling(pack, channels // 2)
+    options = {
+        "R": channels // 2, "BH": pairs, "S": segments, "L": steps, "BACK": back, "POLL": poll, "PACK": pack, "num_warps": warps, "maxnreg": registers,
+    }  # fmt: skip
     grid = batch * heads * (channels // 2 // pairs) * blocks
     return (grid,), blocks, {"MASKED": length % (segments * steps) != 0, **options}
 
