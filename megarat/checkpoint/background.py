@@ -106,9 +106,9 @@ class Saver:
             raise ToldByFirstRank(errors[0])
         return self._saved
 
-    def forget(self) -> None:
-        """The last checkpoint is not the run's any more."""
-        self._saved = None
+    def go_back_to(self, folder: Path) -> None:
+        """``folder`` is the last checkpoint now; nothing is being written."""
+        self._saved = folder
 
     def join(self) -> None:
         """Let the thread come to its end, whatever that is."""

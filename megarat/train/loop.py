@@ -134,7 +134,7 @@ def _go_back(run: Run, log: RunLog, why: str) -> None:
     target = folder / folder_name(left.guard["safe"])
     run.load(target, gone_back(left, comm.first_decides(lambda: load_state(target), run.mesh.world)))
     comm.first_decides(lambda: discard_newer(folder, target), run.mesh.world)
-    run.saver.forget()
+    run.saver.go_back_to(target)
     log.rewind(run.state.pair)
     _tell(run, log, "went back", f"from pair {left.pair} to {target}, past {run.state.passed_over} global batches in all: {why}")
 

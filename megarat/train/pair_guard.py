@@ -120,8 +120,8 @@ class PairGuard:
 
 
 def gone_back(state: CheckpointState, to: CheckpointState) -> CheckpointState:
-    """``to``, the state of the checkpoint gone back to from ``state``, which has just met its last bad pair."""
-    to.guard["rollbacks"] = [*state.guard.get("rollbacks", []), [state.pair + 1, to.pair]]
+    """``to``, the state of the checkpoint gone back to from ``state``, which is past its last bad pair."""
+    to.guard["rollbacks"] = [*state.guard.get("rollbacks", []), [state.pair, to.pair]]
     return to
 
 
