@@ -130,7 +130,7 @@ def _write_weights(weights: StoredWeights, staging: Path, dtype: torch.dtype) ->
 
         def read(name: str) -> Tensor:
             bar.update()
-            return weights.read(name.removeprefix(PREFIX))
+            return weights[name.removeprefix(PREFIX)]
 
         write_model(staging, shapes, dtype, read)
 
@@ -222,14 +222,14 @@ def _compare(folder: Path, exported: Path, model: ModelConfig, spec: PatternSpec
     dense = describe(resolve_pattern(spec, model.layers, model.heads)) == "dense"
     found = []
     for each in (spec, _OTHER_PATTERN if dense else "dense"):
-        ours = _megarat_logits(model, lambda name: own.read(name).to(dtype), ids_BT, each)
+        ours = _megarat_logits(model, lambda name: own[name].to(dtype), ids_BT, each)
         theirs = _exported_logits(exported, ids_BT, each)
         found.append(_agreement("the same weights", model, each, theirs, ours))
         if not found[-1].relative < _MOST:  # NaN too
             raise RuntimeError(f"{exported}: computes other logits than the checkpoint: {found[-1]}")
     precise = StoredWeights(folder, prefer_masters=True)
     if dtype == torch.bfloat16 and precise.dtype == torch.float32:
-        ours = _megarat_logits(model, precise.read, ids_BT, spec)
+        ours = _megarat_logits(model, precise.__getitem__, ids_BT, spec)
         found.append(_agreement("the fp32 weights before rounding", model, spec, _exported_logits(exported, ids_BT, spec), ours))
     return found
 

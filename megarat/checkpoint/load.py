@@ -7,7 +7,7 @@ half loaded. Weights alone touch only ``weights/`` (or the masters), on any devi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megarat import comm
 from megarat.checkpoint.manifest import (
@@ -115,8 +115,10 @@ def load_weights(path: str | Path, prefer_masters: bool = True) -> dict[str, Ten
     return _read_tensors(folder, MASTERS if prefer_masters and _holds(folder, MASTERS) else WEIGHTS)
 
 
-class StoredWeights:
-    """The weights of a checkpoint one by one, for what never holds all of them. Files are proved first; only those bytes are read.
+class StoredWeights(Mapping[str, Tensor]):
+    """The weights of a checkpoint by logical name, each read when it is asked for: the whole model is never on the host.
+
+    Files are proved first; only those bytes are read.
 
     Attributes:
         shapes: shape of each tensor, by logical name.
@@ -127,22 +129,36 @@ class StoredWeights:
         folder = resolve(path)
         part = MASTERS if prefer_masters and _holds(folder, MASTERS) else WEIGHTS
         _prove(folder, part)
-        self._folder = folder / part
-        stored = {
-            name: entry
-            for name, entry in Reader(self._folder).read_metadata().state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
+        self._reader = _OneLookReader(folder / part)
+        entries = self._reader.read_metadata().state_dict_metadata.items()
+        stored = {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
         self.shapes = {name: tuple(entry.size) for name, entry in stored.items()}
         self.dtype = next(entry.properties.dtype for entry in stored.values())
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the host."""
+    def __getitem__(self, name: str) -> Tensor:
         tensor = torch.empty(self.shapes[name], dtype=self.dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            state_dict_loader.load({name: tensor}, storage_reader=Reader(self._folder), no_dist=True)
+            state_dict_loader.load({name: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class _OneLookReader(Reader):
+    """Reads its metadata once, however often it is used: those of a large mesh take long."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Names, shapes and places of all tensors of the folder."""
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
 
 
 def load_optimizer(path: str | Path) -> dict[str, dict[str, Tensor]]:

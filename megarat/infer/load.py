@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -122,25 +123,28 @@ def load(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     folder = checkpoints.resolve(checkpoint)
     state = checkpoints.load_state(folder)
-    lm = RATPlusLM(state.config.model)
     patterns = resolve(
         pattern if pattern is not None else state.config.attention.pattern, state.config.model.layers, state.config.model.heads
     )
-    fill_model(lm, checkpoints.load_weights(folder, prefer_masters=dtype not in (torch.bfloat16, torch.float16)), str(folder))
-    lm = lm.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    with torch.device("meta"):
+        lm = RATPlusLM(state.config.model).to(dtype)
+    lm = lm.to_empty(device=device).requires_grad_(False).eval()
+    weights = checkpoints.StoredWeights(folder, prefer_masters=dtype not in (torch.bfloat16, torch.float16))
+    fill_model(lm, weights, str(folder))  # tensor by tensor: a model for the GPU is never whole on the host
     adapted_to = state.config.patterns if state.kind == "adapt" else None
     return LoadedModel(lm, patterns, folder, adapted_to)
 
 
 @torch.no_grad()
-def fill_model(lm: RATPlusLM, weights: dict[str, Tensor], source: str) -> None:
+def fill_model(lm: RATPlusLM, weights: Mapping[str, Tensor], source: str) -> None:
     """Copy logical tensors into the run-time parameters; every parameter exactly once, or a ``UserError`` naming the tensor."""
-    remaining = dict(weights)
+    remaining = set(weights)
     for name, parameter in lm.named_parameters():
         for piece, view in names.split(name, parameter.data).items():
             if piece not in remaining:
                 raise UserError(f"{source}: the tensor {piece} is missing")
-            tensor = remaining.pop(piece)
+            remaining.remove(piece)
+            tensor = weights[piece]
             if tensor.shape != view.shape:
                 raise UserError(f"{source}: {piece} has shape {tuple(tensor.shape)}; the model needs {tuple(view.shape)}")
             view.copy_(tensor)

@@ -281,7 +281,7 @@ def test_never_more_than_a_layer_is_on_the_host(tmp_path, monkeypatch):
     masters = {name: torch.randn(shape) for name, shape in names.logical_shapes(config.model).items()}
     checkpoint = save(tmp_path, Snapshot(CheckpointState("pretrain", 1, 1, config, "dense", "fp32"), masters))
     alive = peak = 0
-    read = load.StoredWeights.read
+    read = load.StoredWeights.__getitem__
 
     def forget(size: int) -> None:
         nonlocal alive
@@ -295,7 +295,7 @@ def test_never_more_than_a_layer_is_on_the_host(tmp_path, monkeypatch):
         weakref.finalize(tensor, forget, tensor.nbytes)
         return tensor
 
-    monkeypatch.setattr(load.StoredWeights, "read", counting)
+    monkeypatch.setattr(load.StoredWeights, "__getitem__", counting)
     gc.collect()
     export_checkpoint(checkpoint, tmp_path / "out", compare=False)
     assert peak <= 2 * max(tensor.nbytes for tensor in masters.values())
