@@ -115,13 +115,13 @@ def _kernels() -> Finding:
         return Finding(MISSING, "ops", f"torch references: {missing}", "pip install triton (comes with a CUDA torch)")
     if not torch.cuda.is_available():
         return Finding(NOTE, "ops", "torch references on the CPU; Triton kernels run on GPUs")
-    from megarat.ops.dispatch import gpu_family, gpu_unsupported
+    from megarat.ops.dispatch import gpu_unsupported, tiles_are_timed
 
     device = torch.device("cuda", torch.cuda.current_device())
     unsupported = gpu_unsupported(device)
     if unsupported:
         return Finding(NOTE, "ops", f"torch references: {unsupported}")
-    tiles = "tiles timed on an H200" if gpu_family(device) == "hopper" else "tiles that fit any GPU, not timed on this one"
+    tiles = "tiles timed on an H200" if tiles_are_timed(device) else "tiles timed on an H200, not on this kind of GPU"
     return Finding(OK, "ops", f"Triton kernels, {tiles}; the reference, with one warning, serves {_NOT_SERVED}")
 
 

@@ -4,8 +4,9 @@
 reference with one warning per op and reason. `MEGARAT_OPS=reference` forces the reference everywhere. A caller that passes `backend=`
 explicitly gets exactly that backend or a `ValueError`.
 
-Tiles are looked up by GPU, never tuned at run time: no training step stalls, and ranks on equal GPUs make equal choices. The tables are
-named by `gpu_family`. An H100 has the processor of an H200, with slower memory, and shares its table, which was timed on an H200.
+Tiles come from the tables at the top of each kernel module, never from tuning at run time: no training step stalls, and all ranks make
+equal choices, also where their GPUs differ. The tables were timed on an H200. An H100 is the same processor with slower memory; other
+GPUs run the same tiles untimed, all of which fit 99 KB of shared memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from megarat.errors import UserError
 
 BACKENDS = ("triton", "reference")
 LEAST_CAPABILITY = (8, 0)  # bf16 matrix units and asynchronous copies
-HOPPER = (9, 0)  # H100, H200, GH200
+TIMED_CAPABILITY = (9, 0)  # H100, H200, GH200
 _warned: set[tuple[str, str]] = set()
 _missing = None if importlib.util.find_spec("triton") is not None else "the triton package is not installed"
 _gpu_reasons: dict[torch.device, str | None] = {}
@@ -55,9 +56,9 @@ def _examine_gpu(device: torch.device) -> str | None:
     return None
 
 
-def gpu_family(device: torch.device) -> str:
-    """The name of this GPU's tile tables: "hopper", or "other", whose tiles fit 99 KB of shared memory."""
-    return "hopper" if device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER else "other"
+def tiles_are_timed(device: torch.device) -> bool:
+    """Whether the kernels' tables were made for this GPU's processor."""
+    return torch.cuda.get_device_capability(device) == TIMED_CAPABILITY
 
 
 def choose_backend(op: str, requested: str | None, tensor: torch.Tensor, unsupported: str | None) -> str:

@@ -60,9 +60,7 @@ def test_an_older_gpu_runs_the_reference_and_says_which_it_is(monkeypatch):
         assert dispatch.choose_backend("op", None, OnGpu(), None) == "reference"
 
 
-def test_gpus_of_one_family_share_their_tiles(monkeypatch):
-    device = torch.device("cuda", 0)
-    assert dispatch.gpu_family(device) == "hopper"
+def test_tiles_count_as_timed_on_the_processor_of_the_tables_alone(monkeypatch):
+    assert dispatch.tiles_are_timed(OnGpu.device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
-    assert dispatch.gpu_family(device) == "other"
-    assert dispatch.gpu_family(torch.device("cpu")) == "other"
+    assert not dispatch.tiles_are_timed(OnGpu.device)
