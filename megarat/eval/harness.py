@@ -20,6 +20,7 @@ from megarat.errors import UserError
 from megarat.eval.likelihood import Scorer
 
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+_ONE_PROCESS = "DISABLE_MULTIPROC"  # else the harness forks this process, whose threads hold locks, to resample a standard error; that can hang
 _DEFAULT_TOKENS = 256  # of generated answers whose task gives no limit
 
 
@@ -65,7 +66,7 @@ def run_harness(scorer: Scorer, pattern: str, tasks: Sequence[str], folder: Path
     """One row a task, zero-shot unless its definition says otherwise; at most ``limit`` items of each."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="megarat-harness-") as work:
-        for name in _OFFLINE:
+        for name in (*_OFFLINE, _ONE_PROCESS):
             os.environ[name] = "1"
         import lm_eval
         from lm_eval.tasks import TaskManager
