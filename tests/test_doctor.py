@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -20,7 +22,8 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr("megarat.ops.dilated_attention.dense_backend", lambda *arguments: backend)
+        module = importlib.import_module("megarat.ops.dilated_attention")  # `megarat.ops` has a function of that name
+        monkeypatch.setattr(module, "dense_backend", lambda *arguments: backend)
 
     return pretend
 

@@ -25,6 +25,7 @@ from megarat.log import RunLog
 from megarat.mesh import DATA, start
 from megarat.model.flops import pair_flops_per_token, parameter_count, peak_flops
 from megarat.model.pattern import describe
+from megarat.ops.dilated_attention import dense_backend
 from megarat.train.guard import StopRequest, run_lock
 from megarat.train.pair_guard import Decision, PairGuard, gone_back, mark_safe, record_event
 from megarat.train.run import Parent, Run, build
@@ -204,9 +205,11 @@ def _headline(run: Run) -> str:
     sparse = "" if config.sparse_patterns is None else f"{describe(config.sparse_patterns)} then "
     mesh = f" x {run.mesh.world_size} ({run.mesh.shape})" if run.mesh.world_size > 1 else ""
     where = f"resuming after pair {run.state.pair} from {run.resumed_from}" if run.resumed_from else "new run"
+    head_dim = config.model.hidden // config.model.heads
+    dense = dense_backend(run.mesh.device, run.engine.dtype, config.data.sequence_length, head_dim)
     return (
         f"{config.run.dir}: {parameter_count(config.model) / 1e6:,.1f} M parameters on {run.mesh.device.type}{mesh}, "
-        f"{run.engine.precision}, ZeRO {config.parallel.zero}; "
+        f"{run.engine.precision}, ZeRO {config.parallel.zero}, dense attention by {dense}; "
         f"{sparse}{describe(config.patterns)}; {config.train.pairs} pairs; {where}"
     )
 
