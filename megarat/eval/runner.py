@@ -26,7 +26,7 @@ from megarat.eval.needle import ANSWER_TOKENS, NeedleMaker, read_essay
 from megarat.eval.perplexity import HeldOut, PatternScore, combine, perplexity_items
 from megarat.eval.queue import PIECE, Item, Work, short_hash
 from megarat.eval.retrieval import NeedleRun, NeedleScore
-from megarat.eval.speed import NoText, speed_items
+from megarat.eval.speed import speed_items
 from megarat.eval.tasks import parse_tasks
 from megarat.infer.load import LoadedModel, load
 from megarat.infer.reading import Reading, ReadingSpec
@@ -155,8 +155,7 @@ def _by_task(run: Any, tasks: Sequence[str], readings: list[Reading], name: str,
 
 def _speed(model: LoadedModel, readings: list[Reading], length: int, settings: EvalSettings, work: Work) -> list[dict[str, Any]]:
     """Prefill and decode of every reading, measured once, by whichever process comes to it."""
-    answerer = Answerer(model.lm, NoText(model.config.vocab), batch=settings.micro_batch, capacity=length)
-    return _run(work, speed_items(answerer, readings, length), "speed", "pattern", settings)
+    return _run(work, speed_items(model.lm, readings, length, settings.micro_batch), "speed", "pattern", settings)
 
 
 def _harness(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,10 +11,12 @@ from statistics import median
 from typing import Any
 
 from megarat.data.tokenizer import Tokenizer
-from megarat.eval.answers import Answerer
 from megarat.eval.queue import Item, short_hash
-from megarat.infer.engine import Request
+from megarat.infer.cache import cache_bytes
+from megarat.infer.engine import Engine, Request
+from megarat.infer.memory import largest_batch
 from megarat.infer.reading import Reading
+from megarat.model.lm import RATPlusLM
 
 _STEPS = 24  # of which the first few are not counted: kernels are compiled and steps captured
 
@@ -52,35 +54,39 @@ class NoText(Tokenizer):
         return ""
 
 
-def speed_items(answerer: Answerer, readings: Sequence[Reading], length: int) -> list[Item]:
-    """One item a reading."""
+def speed_items(model: RATPlusLM, readings: Sequence[Reading], length: int, batch: int) -> list[Item]:
+    """One item a reading: sequences of ``length`` tokens, ``batch`` at a time or as many as fit."""
     return [
-        Item(f"speed-{short_hash(f'{reading}/{length}')}", 1, partial(measure, answerer, reading, length)) for reading in readings
+        Item(f"speed-{short_hash(f'{reading}/{length}')}", 1, partial(measure, model, reading, length, batch))
+        for reading in readings
     ]
 
 
-def measure(answerer: Answerer, reading: Reading, length: int) -> dict[str, Any]:
-    """The row of one reading, with prompts that fill ``length`` tokens but for the steps."""
-    engine = answerer.engine(reading)
-    rows = answerer.batch
+def measure(model: RATPlusLM, reading: Reading, length: int, batch: int) -> dict[str, Any]:
+    """The row of one reading, with prompts that fill ``length`` tokens but for the steps; all 0 where not one sequence fits."""
+    weight = model.embedding.weight
+    rows = min(batch, largest_batch(cache_bytes(model.config, reading, length, weight.dtype), weight.device))
     new = max(2, min(_STEPS, length // 2))
-    prompt = [1 + n % (answerer.model.config.vocab - 1) for n in range(max(1, length - new))]
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        engine.run([Request(prompt, 1)])
-        times.append(time.perf_counter() - start)
-    generations = [engine.submit(Request(prompt, new)) for _ in range(rows)]
+    prompt = [1 + n % (model.config.vocab - 1) for n in range(max(1, length - new))]
+    if rows == 0:
+        return SpeedScore(str(reading), 0, len(prompt), 0.0, 0.0).to_dict()
+    engine = Engine(model, reading, NoText(model.config.vocab), rows=rows, capacity=len(prompt) + new, buckets=(rows,))
+    first_tokens = [_seconds(lambda: engine.run([Request(prompt, 1)])) for _ in range(3)]
+    for _ in range(rows):
+        engine.submit(Request(prompt, new))
     steps = []
     while engine.busy:
-        start = time.perf_counter()
-        engine.step()
-        steps.append(time.perf_counter() - start)
-    assert all(generation.finish == "length" for generation in generations)
+        steps.append(_seconds(engine.step))
     return SpeedScore(
         pattern=str(reading),
         sequences=rows,
         prompt_tokens=len(prompt),
-        prefill_tokens_per_s=len(prompt) / min(times[1:]),
+        prefill_tokens_per_s=len(prompt) / min(first_tokens[1:]),
         decode_tokens_per_s=rows / median(steps[len(steps) // 3 :]),
     ).to_dict()
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
