@@ -41,6 +41,10 @@ class Experiment(NamedTuple):
         """The arm's seeds."""
         return [record for record in self.records if record["arm"] == arm and "scores" in record]
 
+    def shown(self, arm: str) -> Record:
+        """The seed that a figure shows: the first of those with most stages."""
+        return max(self.of(arm), key=len)
+
     @property
     def present(self) -> list[str]:
         """The arms that were scored, in their usual order."""
@@ -205,6 +209,34 @@ def _adapted_gap_of(reading: str) -> Callable[[Record], float | None]:
     return lambda record: adapted_gap(record, reading)
 
 
+def ratios_table(experiment: Experiment) -> str:
+    """How many times larger an arm's gap is than that of (a): of the pretrained weights, and of each at its best, adapted or not."""
+    readings = ("D=16", "D=64")
+    head = (
+        "gap as a multiple of that of (a)",
+        *(f"{reading}, {which}" for reading in readings for which in ("pretrained", "at its best")),
+    )
+    others = (arm for arm in experiment.present if arm != "ratplus")
+    return _table(head, ([arms.TITLES[arm], *_ratio_cells(experiment, arm, readings)] for arm in others))
+
+
+def _ratio_cells(experiment: Experiment, arm: str, readings: Sequence[str]) -> list[str]:
+    cells = []
+    for reading in readings:
+        for of in (_gap_of(reading), _best_gap_of(reading)):
+            theirs, ours = (spread(experiment.of(one), of) for one in (arm, "ratplus"))
+            cells.append("-" if theirs is None or ours is None else f"{theirs.mean / ours.mean:.1f}")
+    return cells
+
+
+def _best_gap_of(reading: str) -> Callable[[Record], float | None]:
+    def best(record: Record) -> float | None:
+        gaps = [found for found in (gap(record, reading), adapted_gap(record, reading)) if found is not None]
+        return min(gaps, default=None)
+
+    return best
+
+
 def adaptation_table(experiment: Experiment) -> str:
     """What adaptation buys: loss before, after about 1 % and after about 4 % of the pretraining's batches."""
     head = (
@@ -316,6 +348,7 @@ TABLES: dict[str, Callable[[Experiment], str]] = {
     "losses": losses_table,
     "adapted": adapted_table,
     "gaps": gaps_table,
+    "ratios": ratios_table,
     "adaptation": adaptation_table,
     "anchor": anchor_table,
     "kinds": kinds_table,
@@ -367,7 +400,7 @@ def _save(experiment: Experiment, make: Callable[[Experiment, Any], None], path:
 
 
 def _draw_losses(experiment: Experiment, axis: Any) -> None:
-    shown = [experiment.of(arm)[0] for arm in experiment.present]
+    shown = [experiment.shown(arm) for arm in experiment.present]
     for color, record in enumerate(shown):
         curve = record["pretraining"]["curve"]
         tokens = [point["tokens"] / 1e6 for point in curve]
@@ -383,13 +416,16 @@ def _draw_losses(experiment: Experiment, axis: Any) -> None:
 
 def _draw_perplexity(experiment: Experiment, axis: Any) -> None:
     for color, arm in enumerate(experiment.present):
-        record = experiment.of(arm)[0]
-        adapted = _adapted_scores(record, arms.LONG)
-        _draw_cache(axis, record["scores"], f"{arms.TITLES[arm]}", f"C{color}", "o-", 0.4)
-        _draw_cache(axis, adapted, f"{arms.TITLES[arm]}, adapted", f"C{color}", "s--", 1.0)
+        record = experiment.shown(arm)
+        _draw_cache(axis, record["scores"], arms.TITLES[arm], f"C{color}", "o-", 0.4)
+        if adapted := _adapted_scores(record, arms.LONG):
+            _draw_cache(axis, adapted, f"{arms.TITLES[arm]}, adapted", f"C{color}", "s--", 1.0)
     axis.set(
-        xscale="log", yscale="log", xlabel="KV cache of a sequence, MiB (D = 64, 16, 4, dense)", ylabel="held-out perplexity"
+        xlabel="KV cache of a sequence, MiB (D = 64, 16, 4, dense)", ylabel="held-out perplexity", xscale="log", yscale="log"
     )
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
 
 
 def _draw_cache(axis: Any, scores: Sequence[Record], label: str, color: str, style: str, alpha: float) -> None:
@@ -400,13 +436,13 @@ def _draw_cache(axis: Any, scores: Sequence[Record], label: str, color: str, sty
 
 
 def _draw_memory(experiment: Experiment, axis: Any) -> None:
-    for color, arm in enumerate(arm for arm in experiment.present if "gates" in experiment.of(arm)[0]):
-        layers = experiment.of(arm)[0]["gates"]
+    for color, arm in enumerate(arm for arm in experiment.present if "gates" in experiment.shown(arm)):
+        layers = experiment.shown(arm)["gates"]
         numbers = range(1, len(layers) + 1)
-        for key, style in (("mean", "-"), ("q95", ":")):
-            label = f"{arms.TITLES[arm]}, {'mean' if key == 'mean' else '95th percentile'} of channels"
-            axis.plot(numbers, [layer["memory"][key] for layer in layers], style, color=f"C{color}", marker="o", label=label)
-    axis.set(yscale="log", xlabel="layer", ylabel="effective memory, tokens")
+        for key, style, which in (("mean", "-", "mean"), ("q95", ":", "95th percentile")):
+            memory = [layer["memory"][key] for layer in layers]
+            axis.plot(numbers, memory, style, color=f"C{color}", marker="o", label=f"{arms.TITLES[arm]}, {which} of channels")
+    axis.set(xlabel="layer", ylabel="effective memory, tokens", yscale="log")
 
 
 def write(folder: str | Path, readme: str | Path) -> list[Path]:
