@@ -12,7 +12,6 @@ The first rank prints one JSON object a part and appends it to `--results`.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import resource
@@ -158,14 +157,18 @@ class Trained:
         description = CheckpointState("pretrain", pair, 0, self.config, describe(self.config.patterns), "bf16")
         return Moment(description, self.engine.state(), self.engine.dtype)
 
-    def digest(self) -> str:
-        """Hash of this rank's masters and moments."""
-        found = hashlib.sha256()
-        for named in self.engine.state().values():
-            for held in named.values():
-                for _, box in held.boxes:
-                    found.update(memoryview(box.contiguous().view(torch.uint8).cpu().numpy()))  # type: ignore[arg-type]
-        return found.hexdigest()
+    def boxes(self) -> list[torch.Tensor]:
+        """This rank's masters and moments."""
+        return [box.tensor for named in self.engine.state().values() for held in named.values() for box in held.boxes]
+
+    def copy(self) -> list[torch.Tensor]:
+        """A copy of them, where they are."""
+        return [box.clone() for box in self.boxes()]
+
+    def equals(self, copy: list[torch.Tensor]) -> bool:
+        """Whether they are the same bit for bit, on all ranks."""
+        same = all(torch.equal(box, copied) for box, copied in zip(self.boxes(), copy, strict=True))
+        return all(comm.gather_objects(same, self.mesh.world))
 
 
 def saver(config: Config, mesh: Mesh, asynchronous: bool) -> Saver:
@@ -182,7 +185,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     parameters = parameter_count(config.model)
     row: dict[str, Any] = {"part": "save and load", "ranks": ranks, "size": options.size, "parameters": parameters}
     row |= {"file_system": file_system(options.dir), "zero": options.zero}
-    row |= disk_rates(options.dir, 14 * parameters // ranks, mesh)
+    row |= disk_rates(options.dir, int(options.disk_share * 14 * parameters) // ranks, mesh)
     tell(mesh, row)
 
     trained = Trained(config, mesh)
@@ -192,7 +195,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     usual = [timed(mesh, trained.pair) for _ in range(3)]
     row["pair_s"] = statistics.median(usual)
 
-    saved = trained.digest()
+    saved = trained.copy()
     row["blocked_s"] = timed(mesh, lambda: background.begin(trained.moment(1)))
     began = time.perf_counter() - row["blocked_s"]
     meanwhile = [timed(mesh, trained.pair) for _ in range(options.pairs_meanwhile)]
@@ -205,22 +208,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     row |= {"bytes": size, "bytes_a_parameter": size / parameters}
     tell(mesh, row)
 
+    synchronous = saver(config, mesh, asynchronous=False)
+    row["save_s"] = timed(mesh, lambda: synchronous.begin(trained.moment(2)))
+    row |= {"save_gb_s": size / GB / row["save_s"], "save_of_disk": size / GB / row["save_s"] / row["disk_write_gb_s"]}
+    tell(mesh, row)
+
     trained.pair()  # what is loaded now must not be there yet
-    assert trained.digest() != saved
+    assert not trained.equals(saved)
     for name, drop in (("load_s", True), ("load_from_cache_s", False)):
         if drop and mesh.is_first:
             drop_from_cache(folder)
+        tell(mesh, row)
         row[name] = timed(mesh, lambda: checkpoints.load_optimizer_into(folder, trained.engine.state(), mesh.world))
     trained.engine.adopt(trained.engine.steps)
-    row["loaded_equals_saved"] = all(comm.gather_objects(trained.digest() == saved, mesh.world))
+    row["loaded_equals_saved"] = trained.equals(saved)
     row["host_gb_loaded"] = max(comm.gather_objects(peak_host_gb(), mesh.world))
     read = sum(entry.bytes for name, entry in read_manifest(folder).items() if not name.startswith("weights/"))
     row |= {"load_gb_s": read / GB / row["load_s"], "load_of_disk": read / GB / row["load_s"] / row["disk_read_gb_s"]}
     tell(mesh, row)
-
-    synchronous = saver(config, mesh, asynchronous=False)
-    row["save_s"] = timed(mesh, lambda: synchronous.begin(trained.moment(2)))
-    row |= {"save_gb_s": size / GB / row["save_s"], "save_of_disk": size / GB / row["save_s"] / row["disk_write_gb_s"]}
     return row
 
 
@@ -295,6 +300,7 @@ def main() -> None:
     parser.add_argument("--zero", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--pairs-meanwhile", type=int, default=2, help="pairs trained while the asynchronous save goes on")
+    parser.add_argument("--disk-share", type=float, default=1.0, help="plain bytes to write and read, in checkpoints")
     parser.add_argument("--resume", action="store_true", help="measure resuming instead")
     parser.add_argument("--results", type=Path, help="file to append the row to")
     options = parser.parse_args()

@@ -6,8 +6,10 @@ half loaded. Weights alone touch only ``weights/`` (or the masters), on any devi
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -281,10 +283,26 @@ def _holds(folder: Path, part: str) -> bool:
 
 def _prove(folder: Path, part: str, group: ProcessGroup | None = None) -> None:
     """Check the files of one part (a file or a subfolder) against the manifest, each rank of ``group`` its share."""
+    _refuse_damaged(folder, _damage_in_own_share(folder, part, group), group)
+
+
+def _damage_in_own_share(folder: Path, part: str, group: ProcessGroup | None) -> list[str]:
     manifest = read_manifest(folder)
     files = [name for name in manifest if name == part or name.startswith(part + "/")]
-    own = files[comm.rank(group) :: comm.size(group)]
-    damage = find_damage(folder, manifest, own) if files else [f"{part} is not in {MANIFEST}"]
+    if not files:
+        return [f"{part} is not in {MANIFEST}"]
+    size = comm.size(group)
+    return find_damage(folder, manifest, [name for name in files if _writer(name) % size == comm.rank(group)])
+
+
+def _writer(file: str) -> int:
+    """The rank that wrote a file of tensors, which most likely reads it, too; 0 for any other file."""
+    match = re.search(r"__(\d+)_\d+\.distcp$", file)
+    return int(match[1]) if match else 0
+
+
+def _refuse_damaged(folder: Path, damage: list[str], group: ProcessGroup | None) -> None:
+    """Raises ``UserError`` on all ranks for damage that one of them has found."""
     damage = [line for lines in comm.gather_objects(damage, group) for line in lines]
     if damage:
         raise UserError(
@@ -311,16 +329,27 @@ def _read_tensors(folder: Path, part: str) -> dict[str, Tensor]:
 
 
 def _read_into(folder: Path, part: str, tensors: Mapping[str, Fragments], group: ProcessGroup | None) -> None:
-    """Fill this rank's boxes from one part of a checkpoint, after its files are proved; the reading itself needs no other rank."""
-    _prove(folder, part, group)
-    with warnings.catch_warnings():
+    """Fill this rank's boxes from one part of a checkpoint; the reading itself needs no other rank.
+
+    The files are proved meanwhile, so that they come from the disk once; where one is damaged nothing that was read is used.
+    """
+    _prove(folder, f"{part}/.metadata", group)
+    failure: Exception | None = None
+    with ThreadPoolExecutor(1) as pool, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        state_dict_loader.load(
-            as_state_dict(tensors),
-            storage_reader=Reader(folder / part),
-            planner=LoadPlanner(),
-            no_dist=True,
-        )
+        damage = pool.submit(_damage_in_own_share, folder, part, group)
+        try:
+            state_dict_loader.load(
+                as_state_dict(tensors),
+                storage_reader=Reader(folder / part),
+                planner=LoadPlanner(),
+                no_dist=True,
+            )
+        except Exception as error:  # of a damaged file, most likely
+            failure = error
+    _refuse_damaged(folder, damage.result(), group)
+    if failure is not None:
+        raise failure
 
 
 def _shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -28,6 +28,7 @@ from megarat.errors import UserError
 
 _FILE_BYTES = 1 << 28  # about this much per file, so that several threads can write, hash and read a checkpoint
 _MAX_THREADS = 8
+_CHUNK, _SYNCED_BYTES = 1 << 24, 1 << 26
 
 
 class Writer(FileSystemWriter):
@@ -89,13 +90,25 @@ class _HashingFile:
     def __init__(self, file: io.BufferedWriter) -> None:
         self._file = file
         self.sha256 = hashlib.sha256()
-        self.size = 0
+        self.size = self._unsynced = 0
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self.sha256.update(view)
-        self.size += len(view)
-        return self._file.write(view)
+        for start in range(0, len(view), _CHUNK):
+            chunk = view[start : start + _CHUNK]
+            self.sha256.update(chunk)
+            self._file.write(chunk)
+            self.size += len(chunk)
+            self._sync_now_and_then(len(chunk))
+        return len(view)
+
+    def _sync_now_and_then(self, written: int) -> None:
+        """Keep the disk busy while other threads hash, instead of leaving all of its work to the end."""
+        self._unsynced += written
+        if self._unsynced >= _SYNCED_BYTES:
+            self._file.flush()
+            os.fdatasync(self._file.fileno())
+            self._unsynced = 0
 
     def tell(self) -> int:
         return self.size
