@@ -52,30 +52,43 @@ def measured(gpu: str, folder: Path = FOLDER) -> Rates | None:
 
 
 class Step(NamedTuple):
-    """A training step that was timed on one GPU: what it was made of, and what came out."""
+    """A training step that was timed: what it was made of, and what came out."""
 
     size: str
+    gpus: int
+    parallel: dict[str, int | str | bool]  # keys of the section of the config
     length: int
     micro_batch: int
     accumulation: int
-    recompute: str
-    pair_s: float
+    tokens_per_s: float
     peak_bytes: float
     source: str
 
 
 def steps(gpu: str, folder: Path = FOLDER) -> list[Step]:
-    """Timed steps of megarat on one GPU of this kind, without settings that the plan knows nothing of."""
-    found = {}
-    for row in _rows(folder / "train.csv"):
-        recompute = {"": "off", "parallel.recompute=selective": "selective", "parallel.recompute=full": "full"}.get(
-            row["settings"]
-        )
-        if gpu in row["gpu"] and row["gpus"] == "1" and row["implementation"] == "megarat" and recompute is not None:
-            key = (row["size"], int(row["length"]), int(row["micro_batch"]), int(row["accumulation"]), recompute)
-            source = f"{row['gpu']}, torch {row['torch']}, commit {row['commit']}"
-            found[key] = Step(*key, float(row["pair_ms"]) / 1000, float(row["peak_gb"]) * 1e9, source)
+    """Timed steps of megarat on GPUs of this kind (train.csv, mesh.csv), the last of each, without settings that the plan knows nothing of."""
+    found: dict[str, Step] = {}
+    for row in [*_rows(folder / "train.csv"), *_rows(folder / "mesh.csv")]:
+        settings = row.get("settings", "").split()
+        usual = row.get("implementation", "megarat") == "megarat" and not row.get("run", "").startswith("one-")
+        if gpu not in row["gpu"] or not usual or any(not setting.startswith("parallel.") for setting in settings):
+            continue
+        parallel = _mesh(row["mesh"]) | {
+            key.removeprefix("parallel."): value for key, _, value in (s.partition("=") for s in settings)
+        }
+        step = Step(
+            row["size"], int(row["gpus"]), parallel, int(row.get("length", 4096)), int(row["micro_batch"]), int(row["accumulation"]),
+            float(row.get("joint_tokens_s") or row["tokens_s"]), float(row["peak_gb"]) * 1e9,
+            f"{row['gpu']}, torch {row['torch']}, commit {row['commit']}",
+        )  # fmt: skip
+        found[repr(step[:6])] = step
     return list(found.values())
+
+
+def _mesh(text: str) -> dict[str, int | str | bool]:
+    """ "tensor 2, context 1, data 1, pipeline 1, sequence, ZeRO 1" as keys of a config; the data axis follows from the number of GPUs."""
+    words = [part.split() for part in text.lower().split(", ")]
+    return {word[0]: int(word[1]) if len(word) == 2 else True for word in words if word[0] != "data"}
 
 
 def _both_ways(rows: Mapping[tuple[str, str, str], Mapping[str, str]], op: str, shape: str, implementation: str) -> float:
