@@ -47,14 +47,23 @@ def read_as(spec: AnySpec, config: ModelConfig) -> Reading:
     if isinstance(spec, Reading):
         return spec
     pattern, extra = spec if isinstance(spec, ReadingSpec) else (cast("PatternSpec", spec), "")
-    if isinstance(pattern, str):
+    if isinstance(pattern, str) and not extra:
         pattern, _, extra = pattern.partition("+")
     patterns = resolve(pattern, config.layers, config.heads)
-    return Reading(patterns, _topk(extra) if extra else None)
+    return _with_extra(Reading(patterns), extra.strip()) if extra else Reading(patterns)
 
 
-def _topk(text: str) -> TopK:
-    word, _, options = text.strip().partition(" ")
-    if word != "topk":
-        raise UserError(f"pattern: cannot read '+ {text.strip()}'; write for example 'D=16 + topk blocks=16,size=64,score=max'")
-    return TopK.parse(options)
+def _with_extra(reading: Reading, extra: str) -> Reading:
+    word, _, options = extra.partition(" ")
+    if word == "topk":
+        return reading._replace(topk=TopK.parse(options))
+    if word != "snapkv":
+        raise UserError(
+            f"pattern: cannot read '+ {extra}'; write for example 'D=16 + topk blocks=16,size=64,score=max' or "
+            "'dense + snapkv size=1024,window=64'"
+        )
+    if not all(group.pattern.is_dense for layer in reading.patterns for group in layer):
+        raise UserError(
+            f"pattern '{describe(reading.patterns)} + {extra}': snapkv chooses among all keys; write 'dense + {extra}'"
+        )
+    return reading._replace(snapkv=SnapKV.parse(options))

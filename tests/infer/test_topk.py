@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megarat import cli
 from megarat.config import ModelConfig
 from megarat.errors import UserError
 from megarat.infer.cache import SparseCache, cache_bytes
@@ -121,6 +122,19 @@ def test_prefill_and_decode_equal_the_full_forward(spec, chunk):
     for step in range(steps):
         torch.testing.assert_close(logits_BV, full_BTV[rows, lengths_B - 1 + step], rtol=0, atol=1e-10)
         logits_BV = decode_step(model, ids_BT[rows, lengths_B + step], cache)
+
+
+@pytest.mark.parametrize(
+    "text", ["D=16 + topk blocks=3,size=8", "D=-1+topk blocks=2", "dense", "[D=4, [D=2, dense]] + topk blocks=2,score=mean"]
+)
+def test_the_command_line_reads_what_python_reads(text):
+    """And the extra is there: `megarat eval --pattern "D=16 + topk ..."` is not D=16."""
+    found = read_as(cli._reading(text), SHAPE)
+    assert (found.topk is not None) == ("topk" in text)
+    if not text.startswith("["):
+        assert found == read_as(text, SHAPE)
+    else:
+        assert found == read_as(ReadingSpec(["D=4", ["D=2", "dense"]], "topk blocks=2,score=mean"), SHAPE)
 
 
 def test_the_cache_keeps_every_key():
