@@ -1,0 +1,95 @@
+"""Which nodes try with which, who is to blame, and what follows from an ending: arithmetic that needs no Slurm."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "slurm"))
+from collective import rounds
+from history import DIED, DONE, HUNG, LOST, STOPPED, UNHEALTHY, Ending, History, decide, progress
+from job import culprits
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5, 8, 33])
+def test_each_node_tries_once_with_each_neighbour_on_the_ring_and_both_in_the_same_round(nodes):
+    schedule = [list(rounds(node, nodes)) for node in range(nodes)]
+    assert all(len(own) == 4 and own[0] == [node] for node, own in enumerate(schedule))
+    met = set()
+    for number in range(1, 4):
+        for node in range(nodes):
+            if (edge := schedule[node][number]) is not None:
+                first, second = edge
+                assert node in edge and schedule[first][number] == schedule[second][number]
+                met.add((number, first, second))
+    ring = {tuple(sorted((node, (node + 1) % nodes))) for node in range(nodes)} if nodes > 1 else set()
+    assert sorted((first, second) for _, first, second in met) == sorted(ring)
+
+
+def reports(
+    hosts: list[str], alone: set[str] = frozenset(), links: set[str] = frozenset(), silent: set[str] = frozenset()
+) -> list[dict]:
+    """What nodes report when ``alone`` cannot even do it alone, ``links`` cannot with others, ``silent`` say nothing."""
+    told = []
+    for node, host in enumerate(hosts):
+        for others in rounds(node, len(hosts)):
+            if others is not None and host not in silent:
+                names = {hosts[other] for other in others}
+                failed = bool(names & (alone | silent)) or (len(names) > 1 and bool(names & links))
+                partner = next(iter(names - {host}), host)
+                told.append({"node": host, "with": partner, "failed": "timeout" if failed else ""})
+    return told
+
+
+@pytest.mark.parametrize("fault", ["alone", "links", "silent"])
+@pytest.mark.parametrize("nodes", [3, 4, 7])
+def test_the_node_that_fails_is_named_and_its_neighbours_are_not(fault, nodes):
+    hosts = [f"n{number}" for number in range(1, nodes + 1)]
+    assert list(culprits(reports(hosts, **{fault: {"n2"}}), hosts)) == ["n2"]
+
+
+def test_of_two_nodes_that_fail_only_with_each_other_both_are_named():
+    assert set(culprits(reports(["n1", "n2"], links={"n2"}), ["n1", "n2"])) == {"n1", "n2"}
+    assert culprits(reports(["n1", "n2"]), ["n1", "n2"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("ending", "earlier", "code", "requeued"),
+    [
+        (Ending(DONE, 9), [], 0, False),
+        (Ending(STOPPED, 4, 75), [], 75, True),
+        (Ending(STOPPED, 4, 75), [Ending(STOPPED, 4), Ending(STOPPED, 4)], 1, False),
+        (Ending(STOPPED, 5, 75), [Ending(STOPPED, 4), Ending(STOPPED, 4)], 75, True),
+        (Ending(DIED, 4, 1), [Ending(DIED, 3)], 75, True),
+        (Ending(HUNG, 4), [Ending(DIED, 4)], 1, False),
+        (Ending(DIED, 4, 1), [Ending(DIED, 4), Ending(STOPPED, 4)], 75, True),
+        (Ending(UNHEALTHY, 4), [Ending(UNHEALTHY, 4)], 75, True),
+        (Ending(LOST, 4), [Ending(DIED, 1), Ending(DIED, 2)], 1, False),  # the third failure, of two
+    ],
+)
+def test_what_follows_from_an_ending(ending, earlier, code, requeued):
+    assert decide(ending, earlier, retries=2)[:2] == (code, requeued)
+
+
+def test_a_start_without_an_ending_was_lost(tmp_path):
+    history = History(tmp_path, "7", 0)
+    history.record("start", pair=None)
+    history.record("end", kind=DIED, pair=3, code=1)
+    history.record("start", pair=3)
+    assert history.open_start()
+    history.record("start", pair=5)
+    assert history.endings() == [Ending(DIED, 3, 1), Ending(LOST, 5)]
+    assert History(tmp_path, "8", 0).endings() == []
+
+
+def test_progress_is_the_last_whole_line_or_the_files_of_an_evaluation_or_a_build(tmp_path):
+    run, out, build = (tmp_path / name for name in ("run", "scores", "corpus-build"))
+    for folder in (run, out / "work/a", build, tmp_path / ".corpus.partial/parts"):
+        folder.mkdir(parents=True)
+    assert progress(run) is None
+    (run / "metrics.jsonl").write_text('{"pair": 3}\n{"pair": 4}\n{"pa')
+    (out / "work/a/item-1.json").write_text("{}")
+    (tmp_path / ".corpus.partial/parts/1").write_text("")
+    assert (progress(run), progress(out), progress(build)) == (4, 1, 2)
