@@ -275,18 +275,18 @@ class Process(NamedTuple):
     local_rank: int
 
 
-def start(device: str = "auto", config: Config | None = None) -> Mesh:
+def start(device: str = "auto", config: Config | None = None, tensor: int = 1) -> Mesh:
     """Join the processes of the run: this rank, its device (``auto``, ``cpu`` or ``cuda``) and its process groups.
 
-    Without a config all ranks are data ranks. Raises ``UserError`` when the mesh is not legal, the launcher's variables contradict each
-    other or there is no GPU to take: all before anything is started.
+    Without a config (inference) ``tensor`` ranks share a model and all others are data ranks. Raises ``UserError`` when the mesh is not
+    legal, the launcher's variables contradict each other or there is no GPU to take: all before anything is started.
     """
     import torch
 
     if config is not None and config.train.deterministic:
         _allow_only_repeatable_kernels()
     process = identify(os.environ)
-    shape = Shape(data=process.world_size) if config is None else check(config, process.world_size)
+    shape = _replicas(process.world_size, tensor) if config is None else check(config, process.world_size)
     own_device = _device(device, process.local_rank)
     if not torch.distributed.is_initialized():
         os.environ.update(rendezvous(process, os.environ))
@@ -302,6 +302,15 @@ def _allow_only_repeatable_kernels() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a help for debugging that costs memory traffic
+
+
+def _replicas(world_size: int, tensor: int) -> Shape:
+    if world_size % tensor:
+        raise UserError(
+            f"--tensor {tensor}: {world_size} process{'es were' if world_size > 1 else ' was'} started, not a multiple; start with "
+            f"torchrun --nproc_per_node {tensor} (or srun, mpirun)"
+        )
+    return Shape(data=world_size // tensor, tensor=tensor)
 
 
 def identify(environment: Mapping[str, str]) -> Process:

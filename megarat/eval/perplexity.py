@@ -26,7 +26,6 @@ from megarat.infer.cache import cache_bytes
 from megarat.infer.forward import hidden
 from megarat.infer.reading import Reading
 from megarat.model.lm import RATPlusLM
-from megarat.ops import linear_cross_entropy
 
 _PIECE = 16  # sequences of an item of work, at least
 
@@ -117,5 +116,5 @@ def _sum_losses(model: RATPlusLM, readings: Sequence[Reading], corpus: HeldOut, 
 def batch_loss(model: RATPlusLM, inputs_BT: Tensor, labels_BT: Tensor, reading: Reading) -> float:
     """Summed cross entropy of one batch, in nats."""
     hidden_BTC = hidden(model, inputs_BT, reading)
-    total, _ = linear_cross_entropy(hidden_BTC.flatten(0, 1), model.embedding.weight, labels_BT.flatten(), reduction="sum")
+    total, _ = model.embedding.cross_entropy(hidden_BTC.flatten(0, 1), labels_BT.flatten(), reduction="sum")
     return float(total)

@@ -134,14 +134,17 @@ class SparseCache:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        heads: range | None = None,
     ) -> None:
+        """``heads`` are those of the rank where ranks share a model; None: all."""
+        heads = range(config.heads) if heads is None else heads
         reading = reading if isinstance(reading, Reading) else Reading(reading)
-        check_fits(batch, cache_bytes(config, reading, capacity, dtype), capacity, device)
+        check_fits(batch, cache_bytes(config, reading, capacity, dtype) * len(heads) // config.heads, capacity, device)
         self.reading = reading
         self.capacity = capacity
         self.lengths_B = torch.zeros(batch, dtype=torch.int64, device=device)
         wide = state_dtype(dtype)
-        state_shape = (batch, config.heads, config.head_dim)
+        state_shape = (batch, len(heads), config.head_dim)
         self.states = [
             ScanState(*(torch.zeros(state_shape, dtype=wide, device=device) for _ in range(2)))
             for _ in range(config.layers if config.recurrence else 0)
@@ -151,7 +154,7 @@ class SparseCache:
         shape = (batch, capacity, config.head_dim)
         self.layers = [
             [_empty_group(group, len(layer) == 1, reading.topk, shape, dtype, device) for group in layer]
-            for layer in reading.patterns
+            for layer in (patterns.part(heads) for patterns in reading.patterns)
         ]
 
     @property

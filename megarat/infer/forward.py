@@ -36,7 +36,7 @@ def hidden(model: RATPlusLM, ids_BT: Tensor, reading: Reading) -> Tensor:
         projections = block.mixer.project(x_BTC)
         q, k, v, _ = block.mixer.recur(projections, rotary)
         mixed_BTHK = torch.empty_like(q)
-        for pattern, heads in reading.layer(index):
+        for pattern, heads in reading.layer(index).part(model.own_heads):
             own = list(heads)
             own_q, own_k, own_v = (x[:, :, own] for x in (q, k, v))
             mixed_BTHK[:, :, own] = topk_attention(

@@ -20,6 +20,7 @@ from megarat.infer.sampling import GREEDY, Sampling
 from megarat.model import names
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import Patterns, PatternSpec, describe, resolve
+from megarat.parallel.tensor import ALONE, TensorParallel
 
 
 class LoadedModel(nn.Module):
@@ -109,13 +110,16 @@ def load(
     pattern: PatternSpec | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    ranks: TensorParallel = ALONE,
 ) -> LoadedModel:
-    """Load a checkpoint for inference.
+    """Load a checkpoint for inference, whatever mesh wrote it.
 
     ``checkpoint`` is a checkpoint folder, or a run folder (its latest one). ``pattern`` is a string such as ``"D=16,W=32,I=4"`` or
     ``"dense"``, or a list of them, one a layer; None takes the pattern the checkpoint was trained for. ``device`` defaults to the GPU if
     there is one, ``dtype`` to bf16 on GPUs and fp32 on CPUs (fp32 weights are the optimizer's masters where the checkpoint has them).
-    Raises ``UserError`` when there is no whole checkpoint, no such device, or the pattern does not fit the model.
+    Where ``ranks`` share the model, each holds its own heads, channels and vocabulary rows only; all make the same calls and get the same
+    results. Raises ``UserError`` when there is no whole checkpoint, no such device, the pattern does not fit the model, or the model cannot
+    be shared by so many.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -126,8 +130,9 @@ def load(
     patterns = resolve(
         pattern if pattern is not None else state.config.attention.pattern, state.config.model.layers, state.config.model.heads
     )
+    _check_shares(state.config.model, ranks.size)
     with torch.device("meta"):
-        lm = RATPlusLM(state.config.model).to(dtype)
+        lm = RATPlusLM(state.config.model, ranks).to(dtype)
     lm = lm.to_empty(device=device).requires_grad_(False).eval()
     weights = checkpoints.StoredWeights(folder, prefer_masters=dtype not in (torch.bfloat16, torch.float16))
     fill_model(lm, weights, str(folder))  # tensor by tensor: a model for the GPU is never whole on the host
@@ -135,19 +140,28 @@ def load(
     return LoadedModel(lm, patterns, folder, adapted_to)
 
 
+def _check_shares(model: ModelConfig, ranks: int) -> None:
+    widths = {"model.heads": model.heads, "FFN width": model.ffn_multiple * model.hidden, "model.vocab": model.vocab}
+    for key, size in widths.items():
+        if size % ranks:
+            raise UserError(f"--tensor {ranks}: the checkpoint's {key} is {size}, not a multiple; take a divisor of it")
+
+
 @torch.no_grad()
 def fill_model(lm: RATPlusLM, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy logical tensors into the run-time parameters; every parameter exactly once, or a ``UserError`` naming the tensor."""
+    """Copy logical tensors, or this rank's part of them, into the run-time parameters; every parameter exactly once, or a ``UserError``
+    naming the tensor."""
     remaining = set(weights)
     for name, parameter in lm.named_parameters():
-        for piece, view in names.split(name, parameter.data).items():
-            if piece not in remaining:
-                raise UserError(f"{source}: the tensor {piece} is missing")
-            remaining.remove(piece)
-            tensor = weights[piece]
-            if tensor.shape != view.shape:
-                raise UserError(f"{source}: {piece} has shape {tuple(tensor.shape)}; the model needs {tuple(view.shape)}")
-            view.copy_(tensor)
+        pieces = names.pieces(name, tuple(parameter.shape), lm.ranks.rank, lm.ranks.size)
+        for piece, view in zip(pieces, parameter.data.chunk(len(pieces)), strict=True):
+            if piece.name not in remaining:
+                raise UserError(f"{source}: the tensor {piece.name} is missing")
+            remaining.remove(piece.name)
+            tensor = weights[piece.name]
+            if tensor.shape != piece.whole:
+                raise UserError(f"{source}: {piece.name} has shape {tuple(tensor.shape)}; the model needs {piece.whole}")
+            view.copy_(piece.of(tensor))
     if remaining:
         raise UserError(f"{source}: tensors the model has no place for: {', '.join(sorted(remaining)[:5])}")
 

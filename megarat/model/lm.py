@@ -119,6 +119,12 @@ class RATPlusLM(nn.Module):
         """The layers held here, in order."""
         return cast("list[Block]", list(self.layers.values()))
 
+    @property
+    def own_heads(self) -> range:
+        """The heads of each layer that this rank holds."""
+        mixer = self.blocks[0].mixer
+        return range(mixer.first_head, mixer.first_head + mixer.heads)
+
     def forward(
         self,
         ids_BT: Tensor,

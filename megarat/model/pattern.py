@@ -104,6 +104,11 @@ class LayerPattern(tuple[HeadGroup, ...]):
         by_head = {head: group.pattern for group in self for head in group.heads}
         return tuple(by_head[head] for head in range(len(by_head)))
 
+    def part(self, heads: range) -> LayerPattern:
+        """The patterns of some consecutive heads, numbered anew."""
+        own = self.per_head[heads.start : heads.stop]
+        return self if len(own) == len(self.per_head) else LayerPattern.of(own)
+
     def __str__(self) -> str:
         if len(self) == 1:
             return str(self[0].pattern)
