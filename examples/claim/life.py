@@ -85,25 +85,34 @@ def live(path: str, arm: str, out: Path, overrides: tuple[str, ...] = (), extras
     if extras.kinds is not None:
         folders = sorted(path.parent for path in extras.kinds.glob("*/validation"))
         results.put("kinds", {folder.name: score(run, arms.KIND_READINGS, shards=folder) for folder in folders})
+    _adapt_to_all(config, extras, results)
     if config.model.recurrence:
         results.put("gates", gate_statistics(config, run))
-    adaptations: list[dict[str, Any]] = []
-    for pattern, share in arms.ADAPTATIONS:
-        adaptations.append(adapted(config, pattern, share))
-        results.put("adaptations", adaptations)
-        needed = extras.needles is not None and share == arms.LONG and pattern in arms.NEEDLE_READINGS
-        if not extras.keep and not needed:
-            shutil.rmtree(arms.adaptation(config, pattern, share).run.dir)
     results.put("topk", score(run, arms.TOPK, limit_tokens=_TOPK_TOKENS))
     if extras.needles is not None:
-        tunings: list[dict[str, Any]] = []
-        for reading in (*arms.NEEDLE_READINGS, None):
-            tunings.append(tuned(config, reading, extras.needles))
-            results.put("needles", tunings)
+        _tune_on_needles(config, extras.needles, results)
     if not extras.keep:
         for folder in (f"{run}-adapted", f"{run}-needle"):
             shutil.rmtree(folder, ignore_errors=True)
     return target
+
+
+def _adapt_to_all(config: Config, extras: Extras, results: Results) -> None:
+    """Every adaptation; of their runs, only those that needles start from are left."""
+    rows: list[dict[str, Any]] = []
+    for pattern, share in arms.ADAPTATIONS:
+        rows.append(adapted(config, pattern, share))
+        results.put("adaptations", rows)
+        needed = extras.needles is not None and share == arms.LONG and pattern in arms.NEEDLE_READINGS
+        if not extras.keep and not needed:
+            shutil.rmtree(arms.adaptation(config, pattern, share).run.dir)
+
+
+def _tune_on_needles(config: Config, tuning: arms.NeedleTuning, results: Results) -> None:
+    rows: list[dict[str, Any]] = []
+    for reading in (*arms.NEEDLE_READINGS, None):
+        rows.append(tuned(config, reading, tuning))
+        results.put("needles", rows)
 
 
 def training_record(run: Path) -> dict[str, Any]:
