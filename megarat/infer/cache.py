@@ -3,7 +3,8 @@
 For every layer and every group of heads with one pattern (D, W, I) the cache keeps rotated keys and values in slots
 [initial I | ring W | far], and for every layer the fp32 state of the recurrence before rotary. ``megarat.ops.decode_attention``
 defines which position a slot holds; everything is a function of the sequences' lengths, so rows of a batch may differ. With top-k
-blocks every key is kept (slot j holds position j) and the choice is made when they are read.
+blocks every key is kept (slot j holds position j) and the choice is made when they are read; under SnapKV some keys of a long prompt
+are left out, and the others stand close together.
 
 Shapes: B sequences, T tokens of a chunk, H heads, K head channels, S slots of a head group.
 """
@@ -143,6 +144,7 @@ class SparseCache:
         self.reading = reading
         self.capacity = capacity
         self.lengths_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.dropped_B = torch.zeros(batch, dtype=torch.int64, device=device)  # tokens without a slot, under SnapKV
         wide = state_dtype(dtype)
         state_shape = (batch, len(heads), config.head_dim)
         self.states = [
@@ -151,9 +153,8 @@ class SparseCache:
         ]
         positions_T = torch.arange(capacity, device=device)
         self.rotary = rotary_tables(positions_T, config.head_dim, config.rope_base, wide)  # cos and sin of each position, (T, R)
-        shape = (batch, capacity, config.head_dim)
         self.layers = [
-            [_empty_group(group, len(layer) == 1, reading.topk, shape, dtype, device) for group in layer]
+            [_empty_group(group, len(layer) == 1, reading, config.head_dim, (batch, capacity), dtype, device) for group in layer]
             for layer in (patterns.part(heads) for patterns in reading.patterns)
         ]
 
@@ -167,7 +168,7 @@ class SparseCache:
     def rows(self, first: int, end: int) -> SparseCache:
         """Some of the rows as a cache of their own that shares their memory."""
         view = copy.copy(self)
-        view.lengths_B = self.lengths_B[first:end]
+        view.lengths_B, view.dropped_B = self.lengths_B[first:end], self.dropped_B[first:end]
         view.states = [ScanState(*(part[first:end] for part in state)) for state in self.states]
         view.layers = [[group.rows(first, end) for group in layer] for layer in self.layers]
         return view
@@ -175,6 +176,7 @@ class SparseCache:
     def copy_(self, other: SparseCache) -> None:
         """Take over the sequences of another cache of the same reading and capacity, row by row, or one sequence into every row."""
         self.lengths_B.copy_(other.lengths_B.expand_as(self.lengths_B))
+        self.dropped_B.copy_(other.dropped_B.expand_as(self.dropped_B))
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             for group, source in zip(mine, theirs, strict=True):
                 group.k_BHSK.copy_(source.k_BHSK.expand_as(group.k_BHSK))
@@ -199,27 +201,35 @@ class SparseCache:
     def step(self, layer: int, q_BHK: Tensor, k_BHK: Tensor, v_BHK: Tensor) -> Tensor:
         """One layer's attention of the current tokens, (B, H, K), head group by head group; then keep them."""
         out_BHK = torch.empty_like(q_BHK)
+        filled_B = (self.lengths_B - self.dropped_B).clamp_min(0)  # of a row that nobody reads any more, nothing
         for group in self.layers[layer]:
             q, k, v = (group.own(x, 1) for x in (q_BHK, k_BHK, v_BHK))
-            group.put(out_BHK, group.step(q, k, v, self.lengths_B), 1)
+            group.put(out_BHK, group.step(q, k, v, filled_B), 1)
         return out_BHK
 
 
 def _empty_group(
     group: HeadGroup,
     is_whole: bool,
-    topk: TopK | None,
-    shape: tuple[int, int, int],
+    reading: Reading,
+    head_dim: int,
+    batch_and_capacity: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> GroupCache:
-    batch, capacity, head_dim = shape
+    batch, capacity = batch_and_capacity
     pattern = _within(group.pattern, capacity)
-    kept = pattern if topk is None else Pattern()
-    size = (batch, len(group.heads), cache_slots(kept, capacity), head_dim)
+    kept = pattern if reading.is_plain else Pattern()
+    size = (batch, len(group.heads), _slots(kept, reading, capacity), head_dim)
     k, v = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
     heads_G = None if is_whole else torch.tensor(group.heads, device=device)
-    return GroupCache(pattern, kept, topk, heads_G, k, v)
+    return GroupCache(pattern, kept, reading.topk, heads_G, k, v)
+
+
+def _slots(kept: Pattern, reading: Reading, capacity: int) -> int:
+    if reading.snapkv is not None:
+        return reading.snapkv.slots(capacity)
+    return cache_slots(_within(kept, capacity), capacity)
 
 
 def _within(pattern: Pattern, capacity: int) -> Pattern:
@@ -231,9 +241,9 @@ def cache_bytes(config: ModelConfig, reading: Reading | Patterns, length: int, d
     """Bytes one sequence of up to ``length`` tokens keeps while decoding.
 
     Per layer: 2 K bytes(dtype) (I + W + floor(length / D) - floor(I / D)) for each head, and 8 C for the fp32 state of k~ and v~. Top-k
-    keeps what a dense cache keeps.
+    keeps what a dense cache keeps; SnapKV its share of a prompt and the answer.
     """
-    kept = reading.kept if isinstance(reading, Reading) else reading
-    slots = sum(len(group.heads) * cache_slots(_within(group.pattern, length), length) for _, group in layer_groups(kept))
+    reading = reading if isinstance(reading, Reading) else Reading(reading)
+    slots = sum(len(group.heads) * _slots(group.pattern, reading, length) for _, group in layer_groups(reading.kept))
     state = 8 * config.hidden * config.layers if config.recurrence else 0
     return 2 * config.head_dim * dtype.itemsize * slots + state

@@ -52,8 +52,8 @@ class Decoder:
     """``rows`` sequences of at most ``capacity`` tokens under one reading.
 
     ``buckets`` are the batch sizes a step is made for (default: powers of two, and ``rows``); only ids below ``vocabulary`` are drawn.
-    ``graphs``: capture steps in CUDA graphs (on CPUs, with top-k blocks and where ranks share the model, steps are plain calls). Raises
-    ``UserError`` where that many rows do not fit into memory.
+    ``graphs``: capture steps in CUDA graphs (on CPUs, with top-k blocks, under SnapKV and where ranks share the model, steps are plain
+    calls). Raises ``UserError`` where that many rows do not fit into memory.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Decoder:
         self._active: list[int] = []
         is_cuda = weight.device.type == "cuda"
         self._host_B = torch.zeros(rows, dtype=torch.int64, pin_memory=True) if is_cuda else None
-        self._capturing = graphs and is_cuda and reading.topk is None and model.ranks.size == 1
+        self._capturing = graphs and is_cuda and reading.is_plain and model.ranks.size == 1
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._capturing else None
         self._chunk = prefill_chunk(model.config)

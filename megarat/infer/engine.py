@@ -140,6 +140,12 @@ class Engine:
             raise UserError(
                 f"prompt: {len(request.ids)} tokens and {request.max_new_tokens} new ones are more than the {self.capacity} allowed together"
             )
+        policy = self.reading.snapkv
+        if policy is not None and min(len(request.ids), policy.size) + request.max_new_tokens > policy.slots(self.capacity):
+            raise UserError(
+                f"max_new_tokens: {request.max_new_tokens} new tokens do not fit behind a prompt of {len(request.ids)} under '{policy}'; "
+                f"ask for a larger answer= there"
+            )
         if not 0 <= min(request.ids) <= max(request.ids) < self.config.vocab:
             raise UserError(f"prompt: has token ids outside the model's vocabulary of {self.config.vocab}")
         generation = Generation(request, self._tokenizer)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megarat.errors import UserError
 from megarat.infer.cache import GroupCache, SparseCache
 from megarat.infer.reading import Reading
+from megarat.infer.snapkv import keys_to_keep, observing
 from megarat.infer.topk import topk_attention
 from megarat.model.layers import RMSNorm
 from megarat.model.lm import Block, RATPlusLM
@@ -26,7 +28,12 @@ from megarat.ops import decode_step as fused_step
 
 @torch.no_grad()
 def hidden(model: RATPlusLM, ids_BT: Tensor, reading: Reading) -> Tensor:
-    """Final normed hidden states (B, T, C) of whole sequences."""
+    """Final normed hidden states (B, T, C) of whole sequences. Raises ``UserError`` under SnapKV, which is about answers behind a prompt."""
+    if reading.snapkv is not None:
+        raise UserError(
+            f"pattern '{reading}': snapkv thins out the cache of a prompt before its answer, so it can be judged by answers only "
+            "(needle, longbench, generate, serve); there are none in perplexities and likelihoods"
+        )
     if reading.topk is None:
         return model.hidden(ids_BT, reading.patterns)
     positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
@@ -57,10 +64,51 @@ def prefill(
     held. ``chunk`` bounds the tokens of a row computed at a time, and with them the memory; None is all at once. ``padded=False`` vouches
     that all rows are of full length, which spares a little work.
     """
+    if cache.reading.snapkv is not None:
+        return _prefill_snapkv(model, ids_BT, lengths_B, cache, chunk, padded)
+    return _read(model, ids_BT, lengths_B, cache, chunk, padded)
+
+
+def _prefill_snapkv(
+    model: RATPlusLM, ids_BT: Tensor, lengths_B: Tensor, cache: SparseCache, chunk: int | None, padded: bool
+) -> Tensor:
+    """Read prompts with all their keys, then keep those that SnapKV chooses."""
+    policy = cache.reading.snapkv
+    assert policy is not None
+    weight, length = model.embedding.weight, ids_BT.shape[1]
+    whole = SparseCache(model.config, cache.reading.patterns, len(ids_BT), length, weight.dtype, weight.device, model.own_heads)
+    observed: dict[int, Tensor] = {}
+
+    def observe(index: int, q_BTHK: Tensor, start: int) -> None:
+        observed[index] = observing(q_BTHK, start, lengths_B, policy.window, observed.get(index))
+
+    logits_BV = _read(model, ids_BT, lengths_B, whole, chunk, padded, observe)
+    for index, ([group], [full]) in enumerate(zip(cache.layers, whole.layers, strict=True)):
+        kept_BHS = keys_to_keep(observed[index], full.k_BHSK, lengths_B, policy)
+        index_BHSK = kept_BHS[..., None].expand(-1, -1, -1, full.k_BHSK.shape[-1])
+        group.k_BHSK[:, :, : kept_BHS.shape[2]] = full.k_BHSK.gather(2, index_BHSK)
+        group.v_BHSK[:, :, : kept_BHS.shape[2]] = full.v_BHSK.gather(2, index_BHSK)
+    for own, state in zip(cache.states, whole.states, strict=True):
+        _overwrite(own, state)
+    cache.lengths_B.copy_(lengths_B)
+    cache.dropped_B.copy_((lengths_B - policy.size).clamp_min(0))
+    return logits_BV
+
+
+def _read(
+    model: RATPlusLM,
+    ids_BT: Tensor,
+    lengths_B: Tensor,
+    cache: SparseCache,
+    chunk: int | None,
+    padded: bool,
+    observe: Callable[[int, Tensor, int], None] | None = None,
+) -> Tensor:
+    """Prompts into a cache that keeps what its pattern says. ``observe`` hears of each layer's rotated queries, and where they start."""
     length = ids_BT.shape[1]
     last_BC: Tensor | None = None
     for start in range(0, length, chunk or length):
-        normal_BTC = _extend(model, ids_BT[:, start : start + (chunk or length)], start, lengths_B, cache, padded)
+        normal_BTC = _extend(model, ids_BT[:, start : start + (chunk or length)], start, lengths_B, cache, padded, observe)
         index_B = lengths_B - 1 - start
         rows_B = torch.arange(len(ids_BT), device=ids_BT.device)
         picked_BC = normal_BTC[rows_B, index_B.clamp(0, normal_BTC.shape[1] - 1)]
@@ -70,7 +118,15 @@ def prefill(
     return model.logits(last_BC[:, None])[:, 0]
 
 
-def _extend(model: RATPlusLM, ids_BT: Tensor, start: int, lengths_B: Tensor, cache: SparseCache, padded: bool) -> Tensor:
+def _extend(
+    model: RATPlusLM,
+    ids_BT: Tensor,
+    start: int,
+    lengths_B: Tensor,
+    cache: SparseCache,
+    padded: bool,
+    observe: Callable[[int, Tensor, int], None] | None,
+) -> Tensor:
     """Read one chunk of the prompts, from position ``start`` on; returns the final normed hidden states (B, T, C)."""
     positions_T = torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device)
     padding_BT = positions_T >= lengths_B[:, None] if padded else None
@@ -83,6 +139,8 @@ def _extend(model: RATPlusLM, ids_BT: Tensor, start: int, lengths_B: Tensor, cac
         q, k, v, new_state = block.mixer.recur(projections, (cos_TR, sin_TR), state if start else None, padding_BT)
         if state is not None and new_state is not None:
             _overwrite(state, new_state)
+        if observe is not None:
+            observe(index, q, start)
         if start == 0 and cache.reading.topk is None:  # nothing to read but the chunk itself
             cache.append(index, k, v, start, lengths_B)
             return block.mixer.attend(projections.o, q, k, v, cache.reading.layer(index))
@@ -132,7 +190,7 @@ def _mix_step(projections: Projections, cache: SparseCache, index: int) -> Tenso
     """Recurrence, attention and output gate of the current tokens, (B, H, K); cache and state go on."""
     o, q, k, v, g = projections
     groups = cache.layers[index]
-    if g is not None and cache.reading.topk is None:
+    if g is not None and cache.reading.is_plain:
         if len(groups) == 1:
             return _fused_step(groups[0], projections, cache.states[index], cache)
         mixed_BHK = torch.empty_like(q)

@@ -60,7 +60,7 @@ class LoadedModel(nn.Module):
     def forward(self, ids_BT: Tensor, pattern: AnySpec | None = None) -> Tensor:
         """Logits (B, T, V), fp32, on the model's device, of token ids (B, T), int64, on any."""
         reading = self._read(pattern)
-        if reading.topk is None:
+        if reading.is_plain:
             return self.lm(self._checked(ids_BT), reading.patterns)
         return self.lm.logits(hidden(self.lm, self._checked(ids_BT), reading))
 

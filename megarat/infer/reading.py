@@ -1,4 +1,4 @@
-"""How a model is read: the pattern of every layer and head and, if asked for, top-k blocks on top."""
+"""How a model is read: the pattern of every layer and head and, if asked for, top-k blocks on top, or SnapKV's policy for the cache."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import NamedTuple, Union, cast
 
 from megarat.config import ModelConfig
 from megarat.errors import UserError
+from megarat.infer.snapkv import SnapKV
 from megarat.infer.topk import TopK
 from megarat.model.pattern import LayerPattern, Patterns, PatternSpec, describe, resolve
 
@@ -18,15 +19,21 @@ class ReadingSpec(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Patterns of all layers, and the top-k blocks that every head reads beside them."""
+    """Patterns of all layers, and the top-k blocks that every head reads beside them, or what SnapKV leaves of the keys of a prompt."""
 
     patterns: Patterns
     topk: TopK | None = None
+    snapkv: SnapKV | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the patterns are all there is to it."""
+        return self.topk is None and self.snapkv is None
 
     @property
     def kept(self) -> Patterns:
         """The patterns by which the cache keeps keys: top-k may choose any, so it keeps them all."""
-        if self.topk is None:
+        if self.is_plain:
             return self.patterns
         heads = len(self.patterns[0].per_head)
         return resolve("dense", len(self.patterns), heads)
@@ -36,14 +43,17 @@ class Reading(NamedTuple):
         return self.patterns[index]
 
     def __str__(self) -> str:
-        return describe(self.patterns) + (f" + {self.topk}" if self.topk else "")
+        return " + ".join(str(part) for part in (describe(self.patterns), self.topk, self.snapkv) if part)
 
 
 AnySpec = Union[PatternSpec, ReadingSpec, Reading]
 
 
 def read_as(spec: AnySpec, config: ModelConfig) -> Reading:
-    """The reading a user meant, for a model of this shape: ``D=16``, or ``D=16 + topk blocks=16,size=64,score=max``. Raises ``UserError``."""
+    """The reading a user meant, for a model of this shape. Raises ``UserError``.
+
+    ``D=16``, ``D=16 + topk blocks=16,size=64,score=max`` or ``dense + snapkv size=1024,window=64,pool=7,answer=512``.
+    """
     if isinstance(spec, Reading):
         return spec
     pattern, extra = spec if isinstance(spec, ReadingSpec) else (cast("PatternSpec", spec), "")
