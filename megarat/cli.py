@@ -74,7 +74,8 @@ def _add_adapt(verbs: Any) -> None:
     )
     parser.add_argument("--pattern", help=f"overrides attention.pattern: {_PATTERN_HELP}")
     parser.add_argument(
-        "--task", help="overrides data.task: fine-tune on a task, 'needle' or 'needle:single_1,…', instead of the corpus"
+        "--task",
+        help="overrides data.task: fine-tune on a task, 'needle' (or 'sft') or 'needle:single_1,…', instead of the corpus",
     )
     parser.add_argument(
         "--sparse-pass", action="store_true", help="keep the sparse pass of pretraining (attention.train_dilation)"

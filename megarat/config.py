@@ -111,7 +111,7 @@ class DataConfig:
     prefetch: int = setting(2, "Global batches read ahead of the step.")
     task: str = setting(
         "",
-        "Train on made-up samples of a task, loss on the answer alone, instead of the corpus: `needle`, or `needle:single_1,multikey_2`.",
+        "Train on made-up samples of a task, loss on the answer alone, instead of the corpus: `needle` (or `sft`), or `needle:single_1,multikey_2`.",
     )
     task_text: str = setting("", "UTF-8 text in which the task hides its needles; empty = made-up sentences.")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 
 import numpy as np
 import torch
@@ -69,10 +70,12 @@ class TaskLoader(PairSource):
 
 
 def needle_tasks(text: str) -> tuple[str, ...]:
-    """The tasks `data.task` names. Raises ``UserError`` where it names none, or one that cannot be trained on."""
-    tasks = parse_tasks(text.split(","))
+    """The tasks `data.task` names; sft is another word for needle. Raises ``UserError`` where it names none, or one that cannot be trained on."""
+    tasks = parse_tasks(re.sub(r"^\s*sft\b", "needle", text).split(","))
     if set(tasks) != {"needle"}:
-        raise UserError(f"data.task is {text!r}; expected needle, or some of its tasks such as needle:single_1,multikey_2")
+        raise UserError(
+            f"data.task is {text!r}; expected needle (or sft), or some of its tasks such as needle:single_1,multikey_2"
+        )
     return tasks["needle"]
 
 

@@ -113,6 +113,11 @@ def test_what_cannot_be_trained_on_is_refused(task, message):
     assert message in str(error.value)
 
 
+def test_sft_is_another_word_for_the_needle_tasks():
+    assert needle_tasks("sft") == needle_tasks("needle") and len(needle_tasks("sft")) == 8
+    assert needle_tasks("sft:single_1,multikey_2") == ("single_1", "multikey_2")
+
+
 def test_a_tokenizer_beyond_the_model_is_refused(shards, tokenizer):
     settings = tiny_run.config(data={"task": "needle"}, model={"vocab": 64})
     with pytest.raises(UserError, match=r"has 99 entries, but model.vocab is 64"):
