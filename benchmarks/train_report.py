@@ -46,6 +46,16 @@ def thousands(text: str) -> str:
     return f"{float(text) / 1e3:.1f} k" if text else "–"
 
 
+def scaling(row: Row, rows: list[Row]) -> str:
+    """Of several GPUs, what part of as many times one GPU's rate they reach."""
+    alike = ("implementation", "size", "length", "micro_batch", "accumulation", "settings", "data")
+    alone = [one for one in rows if one["gpus"] == "1" and all(one[key] == row[key] for key in alike)]
+    if row["gpus"] == "1" or not alone:
+        return ""
+    share = float(row["joint_tokens_s"]) / float(alone[-1]["joint_tokens_s"]) / int(row["gpus"])
+    return f" ({100 * share:.1f} % of {row['gpus']} x one)"
+
+
 def speed() -> str:
     """Every setting once."""
     rows = sorted(
@@ -56,7 +66,7 @@ def speed() -> str:
         (
             f"{row['implementation']} {row['size']}, T={row['length']}{'' if row['gpus'] == '1' else ', ' + row['gpus'] + ' GPUs: ' + row['mesh']}",
             f"{row['micro_batch']} x {row['accumulation']}", row["settings"] or "defaults", thousands(row["sparse_tokens_s"]),
-            thousands(row["dense_tokens_s"]), f"**{thousands(row['joint_tokens_s'])}**", f"{100 * float(row['mfu']):.1f} %", row["peak_gb"],
+            thousands(row["dense_tokens_s"]), f"**{thousands(row['joint_tokens_s'])}**{scaling(row, rows)}", f"{100 * float(row['mfu']):.1f} %", row["peak_gb"],
             row["update_ms"] or "–", row["matmul_tflop_s"], row["commit"],
         )
         for row in rows
