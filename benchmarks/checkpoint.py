@@ -60,9 +60,9 @@ def build_config(options: argparse.Namespace, ranks: int, **changes: Any) -> Con
     return from_dict(tree)
 
 
-def peak_host_gb() -> float:
-    """Peak resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+def peak_host_gb(mesh: Mesh) -> float:
+    """Peak resident memory so far of the rank that has the highest; Linux counts in KiB."""
+    return max(comm.gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB, mesh.world))
 
 
 def wait_for_device(mesh: Mesh) -> None:
@@ -178,7 +178,7 @@ def saver(config: Config, mesh: Mesh, asynchronous: bool) -> Saver:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All figures of saving and loading, on every rank."""
+    """All figures of saving and loading, on every rank; what is known is told after each part."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     config = build_config(options, ranks)
     mesh = start(options.device, config)
@@ -187,46 +187,54 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     row |= {"file_system": file_system(options.dir), "zero": options.zero}
     row |= disk_rates(options.dir, int(options.disk_share * 14 * parameters) // ranks, mesh)
     tell(mesh, row)
-
     trained = Trained(config, mesh)
-    row["host_gb_built"] = max(comm.gather_objects(peak_host_gb(), mesh.world))
-    background = saver(config, mesh, asynchronous=True)
-    row["prepare_s"] = timed(mesh, lambda: (background.prepare(trained.engine.state()), background.join()))
-    usual = [timed(mesh, trained.pair) for _ in range(3)]
-    row["pair_s"] = statistics.median(usual)
+    row["host_gb_built"] = peak_host_gb(mesh)
+    measure_save_and_load(trained, row)
+    if not options.only_synchronous:
+        measure_asynchronous(trained, row, options.pairs_meanwhile)
+    return row
 
-    saved = trained.copy()
-    row["blocked_s"] = timed(mesh, lambda: background.begin(trained.moment(1)))
-    began = time.perf_counter() - row["blocked_s"]
-    meanwhile = [timed(mesh, trained.pair) for _ in range(options.pairs_meanwhile)]
-    row["pair_while_saving_s"] = statistics.median(meanwhile)
-    folder = background.wait()
-    row["save_in_background_s"] = time.perf_counter() - began
+
+def measure_save_and_load(trained: Trained, row: dict[str, Any]) -> None:
+    """A save that training waits for, and loads of it from the disk and from the page cache."""
+    mesh, saved, synchronous = trained.mesh, trained.copy(), saver(trained.config, trained.mesh, asynchronous=False)
+    row["save_s"] = timed(mesh, lambda: synchronous.begin(trained.moment(1)))
+    folder = synchronous.wait()
     assert folder is not None
-    row["host_gb_saved_asynchronously"] = max(comm.gather_objects(peak_host_gb(), mesh.world))
-    size = sum(entry.bytes for entry in read_manifest(folder).values())
-    row |= {"bytes": size, "bytes_a_parameter": size / parameters}
-    tell(mesh, row)
-
-    synchronous = saver(config, mesh, asynchronous=False)
-    row["save_s"] = timed(mesh, lambda: synchronous.begin(trained.moment(2)))
-    row |= {"save_gb_s": size / GB / row["save_s"], "save_of_disk": size / GB / row["save_s"] / row["disk_write_gb_s"]}
+    entries = read_manifest(folder)
+    size = sum(entry.bytes for entry in entries.values())
+    row |= {"bytes": size, "bytes_a_parameter": size / row["parameters"], "save_gb_s": size / GB / row["save_s"]}
+    row |= {"save_of_disk": row["save_gb_s"] / row["disk_write_gb_s"], "host_gb_saved": peak_host_gb(mesh)}
     tell(mesh, row)
 
     trained.pair()  # what is loaded now must not be there yet
     assert not trained.equals(saved)
-    for name, drop in (("load_s", True), ("load_from_cache_s", False)):
-        if drop and mesh.is_first:
-            drop_from_cache(folder)
-        tell(mesh, row)
+    if mesh.is_first:
+        drop_from_cache(folder)
+    for name in ("load_s", "load_from_cache_s"):
         row[name] = timed(mesh, lambda: checkpoints.load_optimizer_into(folder, trained.engine.state(), mesh.world))
-    trained.engine.adopt(trained.engine.steps)
     row["loaded_equals_saved"] = trained.equals(saved)
-    row["host_gb_loaded"] = max(comm.gather_objects(peak_host_gb(), mesh.world))
-    read = sum(entry.bytes for name, entry in read_manifest(folder).items() if not name.startswith("weights/"))
-    row |= {"load_gb_s": read / GB / row["load_s"], "load_of_disk": read / GB / row["load_s"] / row["disk_read_gb_s"]}
+    read = sum(entry.bytes for name, entry in entries.items() if not name.startswith("weights/"))
+    row |= {"load_gb_s": read / GB / row["load_s"], "host_gb_loaded": peak_host_gb(mesh)}
+    row |= {
+        "load_of_disk_read": row["load_gb_s"] / row["disk_read_gb_s"],
+        "load_of_disk_write": row["load_gb_s"] / row["disk_write_gb_s"],
+    }
     tell(mesh, row)
-    return row
+
+
+def measure_asynchronous(trained: Trained, row: dict[str, Any], pairs_meanwhile: int) -> None:
+    """How long training waits for a save that goes on beside it, and how long that takes."""
+    mesh, background = trained.mesh, saver(trained.config, trained.mesh, asynchronous=True)
+    row["prepare_s"] = timed(mesh, lambda: (background.prepare(trained.engine.state()), background.join()))
+    row["pair_s"] = statistics.median(timed(mesh, trained.pair) for _ in range(3))
+    row["blocked_s"] = timed(mesh, lambda: background.begin(trained.moment(2)))
+    began = time.perf_counter() - row["blocked_s"]
+    row["pair_while_saving_s"] = statistics.median(timed(mesh, trained.pair) for _ in range(pairs_meanwhile))
+    background.wait()
+    row["save_in_background_s"] = time.perf_counter() - began
+    row["host_gb_saved_asynchronously"] = peak_host_gb(mesh)
+    tell(mesh, row)
 
 
 # ---- resuming on a GPU -------------------------------------------------------------------------------------------------------------
@@ -299,6 +307,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--zero", type=int, default=1)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--only-synchronous", action="store_true", help="leave the asynchronous save out")
     parser.add_argument("--pairs-meanwhile", type=int, default=2, help="pairs trained while the asynchronous save goes on")
     parser.add_argument("--disk-share", type=float, default=1.0, help="plain bytes to write and read, in checkpoints")
     parser.add_argument("--resume", action="store_true", help="measure resuming instead")

@@ -19,7 +19,6 @@ from megarat.checkpoint.manifest import CheckpointState, pair_of
 from megarat.errors import UserError
 from megarat.log import METRICS
 from megarat.train.run import Run
-from megarat.train.schedule import learning_rate
 from megarat.train.step import PairResult, train_pair
 
 FIGURES = ("loss_sparse", "loss_dense", "grad_norm_sparse", "grad_norm_dense")
@@ -41,16 +40,15 @@ def verify(run: Run) -> None:
     folder, state, recorded = comm.first_decides(lambda: _recorded_pair(run), run.mesh.world)
     if folder != resumed_from:
         run.load(folder, state)
-    figures = replay(run)
+    figures = replay(run, recorded["lr"])
     comm.first_decides(lambda: _compare(run, folder, recorded, figures), run.mesh.world)
     run.load(resumed_from, resumed)
 
 
-def replay(run: Run) -> dict[str, float | None]:
-    """Train the pair that comes next; its figures as they are recorded."""
+def replay(run: Run, lr: float) -> dict[str, float | None]:
+    """Train the pair that comes next, with the recorded rate (``train.pairs`` may have been raised since); its figures as they are recorded."""
     config, state = run.config, run.state
     batch = run.loader.pair(state.pair + state.passed_over)
-    lr = learning_rate(state.pair, config.train.pairs, config.optim)
     return figures_of(train_pair(run.engine, batch.micro_batches, config.sparse_patterns, config.patterns, lr))
 
 

@@ -41,9 +41,9 @@ class Watchdog:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Watchdog]:
-        """Watch for the length of the block; what is raised in it goes into the file. On a good end nothing of it is left."""
+        """Watch for the length of the block; what is raised in it is added to the file, which goes when it is empty."""
         self.path.parent.mkdir(exist_ok=True)
-        self._file = self.path.open("w", encoding="utf-8")  # open all along: a hang may be one of the file system
+        self._file = self.path.open("a", encoding="utf-8")  # open all along: a hang may be one of the file system
         threading.Thread(target=self._watch, name="megarat-watchdog", daemon=True).start()
         self.beat("starting")
         try:
@@ -87,8 +87,9 @@ class Watchdog:
 
     def _end(self) -> None:
         self._stop()
-        self.path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # other ranks have files there
+        with contextlib.suppress(OSError):  # other ranks may have files there
+            if not self.path.stat().st_size:
+                self.path.unlink()
             self.path.parent.rmdir()
 
     def _watch(self) -> None:
