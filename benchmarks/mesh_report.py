@@ -1,6 +1,9 @@
-"""The tables of docs/parallelism.md, from benchmarks/mesh.csv and links.csv: `python -m benchmarks.mesh --report`.
+"""The tables of docs/parallelism.md, from benchmarks/mesh.csv, links.csv and train.csv: `python -m benchmarks.mesh --report`.
 
-The last row of each (size, run) counts. The noise of bf16 is the spread of the runs of one GPU around their mean; see `noise_lines`.
+The last row of each (size, run) counts. A run's distance is that of its losses (both passes of each pair) from those of the run `one`, as the
+median of the differences in the first half of the pairs and in the second (medians: whether a training stumbles at some pair is chance). A mesh
+is within the noise of bf16 when both are at most those of a run of one GPU whose initial weights were moved by less than bf16 resolves
+(`rounded`): nobody can tell those two trainings apart by what they computed with.
 """
 
 from __future__ import annotations
@@ -10,16 +13,16 @@ import statistics
 from pathlib import Path
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-# 99 % quantile of an F distribution with 3 and 6 degrees of freedom, as a ratio of root mean squares.
-BOUND = 9.78**0.5
+FOLDER = Path(__file__).parent
 
 
-def write(document: Path, results: Path, links: Path) -> None:
+def write(document: Path, results: Path, links: Path, training: Path = FOLDER / "train.csv") -> None:
     """Puts the tables between the marks of the document."""
     before, _, rest = document.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     rows = latest(results, ("size", "run"))
-    lines = [*header(rows), *(line for size in sizes(rows) for line in size_lines(size, rows)), *link_lines(links)]
+    tables = [*header(rows), *(line for size in sizes(rows) for line in size_lines(size, rows))]
+    lines = [*tables, *scaling_lines(training), *link_lines(links)]
     document.write_text("\n".join([before + BEGIN, *lines, END + after]))
 
 
@@ -43,64 +46,80 @@ def header(rows: list[dict[str, str]]) -> list[str]:
 def size_lines(size: str, rows: list[dict[str, str]]) -> list[str]:
     """One row a run: speed beside one GPU's, memory beside the plan's, and how far its losses are from those of one GPU."""
     rows = [row for row in rows if row["size"] == size]
-    alone = [row for row in rows if row["gpus"] == "1"]
-    if not any(row["run"] == "one" for row in alone):
+    one = next((row for row in rows if row["run"] == "one"), None)
+    if one is None:
         return []
-    one = next(float(row["tokens_s"]) for row in alone if row["run"] == "one")
-    distances = noise(rows)
     lines = [
         "",
-        f"**{size.upper()}**, bf16, 8 x 4096 tokens a pair:",
+        f"{size.upper()}, bf16, pairs of 8 x 4096 tokens:",
         "",
-        "| run | GPUs | micro-batches | tokens/s | of GPUs x one | peak GB a GPU (planned) | loss: rms distance | last sparse, dense |",
+        "| run | GPUs | micro-batches | tokens/s | of GPUs x `one` | peak GB a GPU | planned | losses from `one`: first half, second half |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         speed, gpus = float(row["tokens_s"]), int(row["gpus"])
-        last = ", ".join(row[f"loss_{kind}"].split()[-1] for kind in ("sparse", "dense"))
-        distance = f"{distances[row['run']]:.1e}" if row["run"] in distances else ""
         lines.append(
             _row(
-                f"`{row['run']}`", gpus, f"{row['accumulation']} x {row['micro_batch']}", f"{speed:,.0f}", f"{speed / one / gpus:.1%}",
-                f"{row['peak_gb']} ({row['planned_gb']})", distance, last,
+                f"`{row['run']}`", gpus, f"{row['accumulation']} x {row['micro_batch']}", f"{speed:,.0f}",
+                f"{speed / float(one['tokens_s']) / gpus:.1%}", row["peak_gb"], row["planned_gb"],
+                "" if row is one else "{:.1e}, {:.1e}".format(*distance(row, one)),
             )
         )  # fmt: skip
-    return lines + noise_lines(rows, distances)
+    return lines + noise_lines(rows, one)
 
 
-def noise(rows: list[dict[str, str]]) -> dict[str, float]:
-    """Of each run the root mean square distance of its losses from the mean of the runs of one GPU (of the others, for those)."""
-    pairs = min(int(row["pairs"]) for row in rows)
-    alone = {row["run"]: curve(row, pairs) for row in rows if row["gpus"] == "1"}
-    distances = {}
-    for row in rows:
-        others = [losses for run, losses in alone.items() if run != row["run"]]
-        if len(others) > 1:
-            middle = [statistics.fmean(values) for values in zip(*others, strict=True)]
-            distances[row["run"]] = (
-                statistics.fmean((found - mean) ** 2 for found, mean in zip(curve(row, pairs), middle, strict=True)) ** 0.5
-            )
-    return distances
+def distance(row: dict[str, str], one: dict[str, str]) -> tuple[float, float]:
+    """Median difference of the losses of both passes in each half of the pairs that both runs have."""
+    pairs = min(int(row["pairs"]), int(one["pairs"]))
+    curves = [[list(map(float, run[f"loss_{kind}"].split())) for kind in ("sparse", "dense")] for run in (row, one)]
+    halves = (range(pairs // 2), range(pairs // 2, pairs))
+    first, second = (
+        statistics.median(abs(ours[pair] - theirs[pair]) for ours, theirs in zip(*curves, strict=True) for pair in half)
+        for half in halves
+    )
+    return first, second
 
 
-def curve(row: dict[str, str], pairs: int) -> list[float]:
-    """Both losses of the first pairs of a run."""
-    return [float(loss) for kind in ("sparse", "dense") for loss in row[f"loss_{kind}"].split()[:pairs]]
-
-
-def noise_lines(rows: list[dict[str, str]], distances: dict[str, float]) -> list[str]:
+def noise_lines(rows: list[dict[str, str]], one: dict[str, str]) -> list[str]:
     """The verdict: every mesh within the noise of one GPU, or which are not."""
-    alone = [distances[row["run"]] for row in rows if row["gpus"] == "1" and row["run"] in distances]
-    if len(alone) < 3:
+    rounded = [distance(row, one) for row in rows if "rounded" in row["run"]]
+    if not rounded:
         return []
-    level = statistics.fmean(distance**2 for distance in alone) ** 0.5
-    outside = [f"`{row['run']}`" for row in rows if row["gpus"] != "1" and distances[row["run"]] > BOUND * level]
-    verdict = f"outside of it: {', '.join(outside)}" if outside else "every mesh is inside"
+    bound = [max(values) for values in zip(*rounded, strict=True)]
+    outside = [
+        f"`{row['run']}`"
+        for row in rows
+        if row["gpus"] != "1" and any(found > limit for found, limit in zip(distance(row, one), bound, strict=True))
+    ]
+    verdict = f"outside of it: {', '.join(outside)}." if outside else "every mesh is within it."
+    return ["", f"The noise of bf16 on one GPU is {bound[0]:.1e} in the first half and {bound[1]:.1e} in the second; {verdict}"]
+
+
+def scaling_lines(path: Path) -> list[str]:
+    """Several GPUs beside one at equal work a GPU, from runs of `benchmarks.train`."""
+    rows = latest(path, ("implementation", "size", "length", "micro_batch", "accumulation", "settings", "data", "mesh"))
+    alone = {_work(row): float(row["joint_tokens_s"]) for row in rows if row["gpus"] == "1"}
+    shared = [row for row in rows if row["gpus"] != "1" and _work(row) in alone]
+    if not shared:
+        return []
     return [
         "",
-        f"The runs of one GPU are {level:.1e} apart (rms over pairs and passes, each against the mean of the others); with the factor "
-        f"{BOUND:.1f} the bound is {BOUND * level:.1e}: {verdict}.",
-    ]
+        "Data ranks at equal work a GPU (`benchmarks.train`):",
+        "",
+        "| size | mesh | micro-batches a GPU | tokens/s | of GPUs x one |",
+        "|---|---|---|---|---|",
+        *(
+            _row(
+                row["size"], row["mesh"], f"{row['accumulation']} x {row['micro_batch']} x {row['length']}", row["joint_tokens_s"],
+                f"{float(row['joint_tokens_s']) / alone[_work(row)] / int(row['gpus']):.1%}",
+            )
+            for row in shared
+        ),
+    ]  # fmt: skip
+
+
+def _work(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[key] for key in ("implementation", "size", "length", "micro_batch", "accumulation", "settings", "data"))
 
 
 def link_lines(path: Path) -> list[str]:

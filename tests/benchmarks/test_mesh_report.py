@@ -1,0 +1,58 @@
+"""The tables of meshes: efficiency, and which losses count as equal to those of one GPU."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from benchmarks.mesh import COLUMNS, append
+from benchmarks.mesh_report import BEGIN, END, distance, write
+
+
+def row(run: str, gpus: int, speed: float, sparse: str, dense: str) -> dict[str, object]:
+    return {
+        "size": "tiny",
+        "run": run,
+        "gpus": gpus,
+        "tokens_s": speed,
+        "pairs": 2,
+        "loss_sparse": sparse,
+        "loss_dense": dense,
+        "time": "now",
+    }
+
+
+def report(folder: Path, mesh_dense: str) -> str:
+    rows = [
+        row("one", 1, 100.0, "3.0 2.0", "2.5 1.5"),
+        row("one-rounded-1", 1, 90.0, "3.0 2.1", "2.5 1.6"),
+        row("zero1", 2, 190.0, "3.0 2.01", mesh_dense),
+    ]
+    append(rows, folder / "mesh.csv", COLUMNS)
+    (folder / "doc.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write(folder / "doc.md", folder / "mesh.csv", folder / "none.csv", folder / "none.csv")
+    return (folder / "doc.md").read_text()
+
+
+def test_a_mesh_is_judged_by_the_noise_of_one_gpu(tmp_path):
+    text = report(tmp_path, "2.5 1.51")
+    assert "| `zero1` | 2 |" in text
+    assert "| 95.0% |" in text
+    assert "every mesh is within it" in text
+    assert "old" not in text
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+
+
+def test_a_mesh_whose_losses_drift_is_named(tmp_path):
+    assert "outside of it: `zero1`" in report(tmp_path, "2.5 1.9")
+
+
+def test_the_distance_is_that_of_both_passes_in_each_half(tmp_path):
+    report(tmp_path, "2.5 1.51")
+    with (tmp_path / "mesh.csv").open(newline="") as file:
+        one, rounded, mesh = csv.DictReader(file)
+    assert distance(rounded, one) == pytest.approx((0.0, 0.1))
+    assert distance(mesh, one) == pytest.approx((0.0, 0.01))
