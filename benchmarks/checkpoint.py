@@ -246,7 +246,9 @@ def resume(options: argparse.Namespace) -> dict[str, Any]:
 
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     folders = {name: options.dir / name for name in ("whole", "stopped")}
-    config = build_config(options, ranks, train={"pairs": 8, "deterministic": True}, model=dict(SIZES["tiny"], hidden=256))
+    changes = {"checkpoint": {"every": 2, "keep": 4}, "guard": {"deviations": 10, "slow_every": 2}}
+    tiny = dict(SIZES["tiny"], hidden=256)  # heads of 128, as the kernels take them
+    config = build_config(options, ranks, train={"pairs": 8, "deterministic": True}, model=tiny, **changes)
     mesh = start(options.device, config)
     if mesh.is_first:
         write_tokens(options.dir / "shards", config.model.vocab, 64 * 2 * ranks * (options.length + 1))
@@ -268,7 +270,7 @@ def resume(options: argparse.Namespace) -> dict[str, Any]:
         loop.pretrain(config)
     except StoppedEarly:
         loop.train_pair = original
-    loop.pretrain(config)
+    loop.pretrain(config, verify_resume=True)
     row = {"part": "deterministic resume", "ranks": ranks, "device": mesh.device.type, "zero": options.zero}
     if mesh.is_first:
         row["stopped_after"] = len(calls)
