@@ -1,7 +1,7 @@
 """How everything here is timed: CUDA events around each repetition, medians, and the ceilings of the same chip in the same run.
 
-The GPU is kept busy while the repetitions are queued, so that it runs them back to back: an operation of 0.1 ms would otherwise be
-timed together with the host's pauses between its launches, which a training step, whose host runs ahead, does not have.
+The GPU is kept busy while the repetitions are queued, and spins for a moment in front of each of them. So an operation of 0.1 ms is
+timed alone, from an idle memory system on, and not together with the host's pauses between its launches.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 HEAD_START_CYCLES = 60_000_000  # some 35 ms on an H200: time enough to queue the repetitions of a short operation
+PAUSE_CYCLES = 100_000  # some 60 us
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def _repeat(run: Callable[[], object], count: int) -> list[float]:
     torch.cuda.synchronize()
     torch.cuda._sleep(HEAD_START_CYCLES)
     for begin, end in events:
+        torch.cuda._sleep(PAUSE_CYCLES)
         begin.record()
         run()
         end.record()

@@ -1,4 +1,4 @@
-"""`make bench`, or `python -m benchmarks.run [--only TEXT] [--no-peers]`: checks, measures, appends, reports.
+"""`make bench`, or `python -m benchmarks.run [--only TEXT ...] [--no-peers]`: checks, measures, appends, reports.
 
 Every case is first compared with a float64 oracle (and not timed if it fails), then timed with its peers. Rows are appended to
 benchmarks/results.csv, and benchmarks/README.md is made anew from the last row of each implementation.
@@ -73,9 +73,18 @@ def append(rows: list[dict[str, object]], path: Path) -> None:
         writer.writerows(rows)
 
 
+def wanted_cases(texts: list[str]) -> list[Case]:
+    """Cases that contain one of the texts, those of the first text first."""
+    names = {f"{case.op} {case.shape}": case for case in all_cases()}
+    order = dict.fromkeys(name for text in texts for name in names if text in name)
+    return [names[name] for name in order]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="cases whose operation or shape contains this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="cases whose operation and shape contain one of these, in their order"
+    )
     parser.add_argument("--no-peers", action="store_true", help="measure only megarat's implementations")
     parser.add_argument("--results", type=Path, default=FOLDER / "results.csv")
     arguments = parser.parse_args()
@@ -87,11 +96,10 @@ def main() -> None:
         "copy_tb_s": round(ceilings.bytes_per_s / 1e12, 3), "matmul_tflop_s": round(ceilings.flop_per_s / 1e12, 1),
     }  # fmt: skip
     print(", ".join(f"{key} {value}" for key, value in shared.items()))
-    for case in all_cases():
-        if arguments.only in f"{case.op} {case.shape}":
-            append([{**shared, **row} for row in measure_case(case, ceilings, not arguments.no_peers)], arguments.results)
-            gc.collect()
-            torch.cuda.empty_cache()
+    for case in wanted_cases(arguments.only):
+        append([{**shared, **row} for row in measure_case(case, ceilings, not arguments.no_peers)], arguments.results)
+        gc.collect()
+        torch.cuda.empty_cache()
     write_report(arguments.results)
 
 

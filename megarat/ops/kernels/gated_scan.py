@@ -81,11 +81,11 @@ def _await_words(a_SC, b_SC, R: tl.constexpr, POLL: tl.constexpr, PACK: tl.const
 def _polling(pack: int, pairs: int) -> str:
     """The PTX of `_await_words` where `pack` words of a tile lie in one thread: loads until none is EMPTY.
 
-    Volatile loads read the L2, never a stale L1 line. Operands: pack words of each result, then pack addresses of each argument.
+    Relaxed loads read the L2, never a stale L1 line. Operands: pack words of each result, then pack addresses of each argument.
     """
     words = range(4 * pack)
     address = [f"${4 * pack + word // (2 * pack) * pack + word % pack}+{word // pack % 2 * 4 * pairs}" for word in words]
-    loads = " ".join(f"ld.volatile.global.b32 ${word}, [{address[word]}];" for word in words)
+    loads = " ".join(f"ld.relaxed.gpu.global.b32 ${word}, [{address[word]}];" for word in words)
     checks = " ".join(f"setp.eq.or.u32 empty, ${word}, 0xffffffff, empty;" for word in words[1:])
     return "{ .reg .pred empty; again: " + loads + " setp.eq.u32 empty, $0, 0xffffffff; " + checks + " @empty bra again; }"
 
@@ -94,8 +94,11 @@ def _polling(pack: int, pairs: int) -> str:
 def _await(chain_ptr, maps_ptr, order, stream, c_SC, R: tl.constexpr, BACK: tl.constexpr, POLL: tl.constexpr, PACK: tl.constexpr):
     """The state in front of block number `order`, four (S, C) tiles of equal rows: an entry of the chain, carried through BACK - 1 blocks."""
     link = order + 1 - BACK
-    entry_SC = chain_ptr + tl.maximum(link, 0).to(tl.int64) * 2 * stream + c_SC
-    k1, k2, v1, v2 = _await_words(entry_SC, entry_SC + stream, R, POLL, PACK)
+    if link > 0:
+        entry_SC = chain_ptr + link.to(tl.int64) * 2 * stream + c_SC
+        k1, k2, v1, v2 = _await_words(entry_SC, entry_SC + stream, R, POLL, PACK)
+    else:  # the chain's first entry is always there
+        k1, k2, v1, v2 = _await_words(chain_ptr + c_SC, chain_ptr + c_SC + stream, R, POLL, 0)
     for i in tl.static_range(BACK - 1):
         if link + i >= 0:
             entry_SC = maps_ptr + (link + i).to(tl.int64) * 3 * stream + c_SC
