@@ -188,9 +188,8 @@ def test_a_corpus_is_built_by_a_job(cluster, runs):
     from data_tools.build_shards import Options, build
 
     build([runs.base / "text.txt"], runs.base / "tiny.model", runs.base / "same", Options(), workers=1, progress=False)
-    for part in ("train", "validation"):
-        files = {path.name: path.read_bytes() for path in (runs.base / "corpus" / part).iterdir()}
-        assert files == {path.name: path.read_bytes() for path in (runs.base / "same" / part).iterdir()} and files
+    files = {path.name: path.read_bytes() for path in (runs.base / "corpus/train").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (runs.base / "same/train").iterdir()} and len(files) == 2
 
 
 def test_one_command_ends_in_a_report_of_all_patterns(cluster, runs):
