@@ -232,7 +232,20 @@ def wait_until(
 
 def parent(pid: int) -> int:
     """Who started a process."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return int(_stat(pid)[1])
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended may wait long for its parent to look at it."""
+    try:
+        return _stat(pid)[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent, and what follows."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def history(run_dir: Path) -> list[dict]:
@@ -266,11 +279,11 @@ def _free_ports(count: int) -> int:
 
 
 def _end(pids: list[int]) -> None:
-    """End daemons: asked first, killed when they have not gone after five seconds."""
+    """End daemons: asked first, killed when they have not gone after twenty seconds."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         with contextlib.suppress(TimeoutError):
-            wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 5, f"processes {pids} to end")
+            wait_until(lambda: not any(alive(pid) for pid in pids), 20, f"processes {pids} to end")
             return

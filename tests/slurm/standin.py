@@ -22,6 +22,11 @@ run = pathlib.Path(re.search('"(.*)"', sys.argv[-1])[1])
 lines = (run / "script").read_text().split("\\n")
 pair, ending = lines[min(int(os.environ.get("SLURM_RESTART_COUNT", 0)), len(lines) - 1)].split()
 os.utime(os.environ["MEGARAT_HEARTBEAT"])
+def lives(pid):
+    try:
+        return pathlib.Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return not pid  # it is being written
 def save(*_):
     time.sleep(2)
     (run / "checkpoints" / f"pair_{int(pair):08d}").mkdir(parents=True, exist_ok=True)
@@ -32,7 +37,7 @@ with open(run / "metrics.jsonl", "a") as file:
     file.write(json.dumps({"pair": int(pair)}) + "\\n")
 if ending in ("listen", "hang"):
     (run / f"{ending}ing-{os.environ['SLURM_PROCID']}").write_text(str(os.getpid()))
-    while ending == "listen" and all(pathlib.Path("/proc", rank.read_text()).exists() for rank in run.glob("listening-*")):
+    while ending == "listen" and all(lives(rank.read_text()) for rank in run.glob("listening-*")):
         os.utime(os.environ["MEGARAT_HEARTBEAT"])  # it goes on as long as all ranks do
         time.sleep(0.5)
     time.sleep(1000)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import tiny_run
-from cluster import PATIENCE, history, parent, wait_until
+from cluster import PATIENCE, alive, history, parent, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megarat.config import Config
@@ -105,7 +105,7 @@ def test_a_run_killed_at_its_start_in_a_save_and_without_its_step_daemon_goes_on
     wait_until(lambda: recorded(run) > killed_at + 10, PATIENCE, "10 more pairs", poll=0.002)
     os.kill(rank, signal.SIGSTOP)  # neither rank gets on
     os.kill(parent(rank), signal.SIGKILL)  # the kernel wakes and hangs up what was stopped and has nobody left
-    wait_until(lambda: not Path(f"/proc/{rank}").exists(), PATIENCE, "the rank to end")
+    wait_until(lambda: not alive(rank), PATIENCE, "the rank to end")
     cluster.wait_for_state(job, "COMPLETED", "FAILED")
     kinds = [kind for kind, _ in endings(run, job)]
     assert kinds == ["died", "died", "died", "done"], kinds

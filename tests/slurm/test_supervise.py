@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 
-from cluster import CUT, PATIENCE, history, parent, wait_until
+from cluster import CUT, PATIENCE, alive, history, parent, wait_until
 from standin import APPTAINER, ENROOT, Submitted
 
 
@@ -67,7 +67,7 @@ def test_a_rank_whose_step_daemon_is_killed_does_not_live_on_and_the_job_goes_on
     run.waits(ranks=2)
     rank = int((run.run / "listening-1").read_text())
     os.kill(parent(rank), signal.SIGKILL)
-    wait_until(lambda: not os.path.exists(f"/proc/{rank}"), PATIENCE, "the rank to end")
+    wait_until(lambda: not alive(rank), PATIENCE, "the rank to end")
     cluster.wait_for_state(run.job, "COMPLETED", "FAILED")
     assert run.endings == [("hung", 4), ("done", 8)]
 
