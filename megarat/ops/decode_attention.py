@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megarat.ops.dilated_attention import PatternLike, check_pattern
-from megarat.ops.dispatch import choose_backend
+from megarat.ops.dispatch import choose_backend, refuse_gradients
 from megarat.ops.gated_scan import ScanState, state_dtype
 from megarat.ops.rotary import apply_rotary
 
@@ -152,8 +152,10 @@ def decode_step(
     contiguous (T, R); row lengths_B[b] is taken. state (fp32) and caches (contiguous) are updated in place; lengths_B is not: add one
     after the last layer. scale: K ** -0.5 by default. backend: "triton", "reference" or None to choose (see ops.dispatch).
 
-    It is gate_step, rotary of q, decode_attention, the output gate and cache_write, and safe inside a CUDA graph. Inference only.
+    It is gate_step, rotary of q, decode_attention, the output gate and cache_write, and safe inside a CUDA graph. Inference only: an input that
+    requires a gradient is refused.
     """
+    refuse_gradients("decode_step", q_BHK, k_BHK, v_BHK, g_BHK, output_gate_BHK, *state)
     pattern = check_pattern(pattern)
     scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
     unsupported = _unsupported(q_BHK, k_BHK, v_BHK, g_BHK, k_cache_BHSK)

@@ -83,6 +83,14 @@ def choose_backend(op: str, requested: str | None, tensor: torch.Tensor, unsuppo
     return "triton"
 
 
+def refuse_gradients(what: str, *tensors: torch.Tensor | None) -> None:
+    """Raises where autograd would ask for a gradient that does not exist, instead of leaving it out in silence."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise ValueError(
+            f"{what} has no backward, but an input requires a gradient; call it under torch.no_grad() or detach the input"
+        )
+
+
 def _warn_once(op: str, reason: str) -> None:
     if (op, reason) not in _warned:
         _warned.add((op, reason))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarat.ops.dispatch import choose_backend
+from megarat.ops.dispatch import choose_backend, refuse_gradients
 from megarat.ops.rotary import apply_rotary
 
 
@@ -259,6 +259,7 @@ def gated_scan(
         return _gated_scan_chunked(k_BTHK, v_BTHK, g_BTHK, cos_TR, sin_TR, initial_state, document_starts_BT, out_dtype)
     from megarat.ops.kernels.gated_scan import GatedScan
 
+    refuse_gradients("the rotary table of gated_scan", cos_TR, sin_TR)
     start_k, start_v = initial_state or (None, None)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (k_BTHK, v_BTHK, g_BTHK, start_k, start_v))
     k_out, v_out, last_k, last_v = GatedScan.apply(

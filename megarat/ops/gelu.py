@@ -18,7 +18,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarat.ops.dispatch import choose_backend
+from megarat.ops.dispatch import choose_backend, refuse_gradients
 
 
 def gelu_and_gradient_ref(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,10 +31,11 @@ def gelu_and_gradient_ref(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gelu_and_gradient(x: Tensor, dy: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """(gelu(x), dy gelu'(x)) of one shape and dtype, in one pass; no gradient is defined.
+    """(gelu(x), dy gelu'(x)) of one shape and dtype, in one pass; an input that requires a gradient is refused.
 
     backend: "triton", "reference" or None to choose (see ops.dispatch).
     """
+    refuse_gradients("gelu_and_gradient", x, dy)
     unsupported = "the input is float64" if x.dtype == torch.float64 else None
     if choose_backend("gelu_and_gradient", backend, x, unsupported) == "reference":
         return gelu_and_gradient_ref(x, dy)

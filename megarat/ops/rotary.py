@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megarat.ops.dispatch import choose_backend
+from megarat.ops.dispatch import choose_backend, refuse_gradients
 
 
 def rotary_tables(
@@ -48,6 +48,7 @@ def apply_rotary(x_BTHK: Tensor, cos: Tensor, sin: Tensor, *, backend: str | Non
         return apply_rotary_ref(x_BTHK, cos, sin)
     from megarat.ops.kernels.rotary import Rotary
 
+    refuse_gradients("the rotary table of apply_rotary", cos, sin)
     if x_BTHK.dim() == 3:  # rows as the tokens of one sequence
         cos, sin = (table.expand(x_BTHK.shape[0], -1) for table in (cos, sin))
         return Rotary.apply(x_BTHK.unsqueeze(0), cos.float().contiguous(), sin.float().contiguous()).squeeze(0)

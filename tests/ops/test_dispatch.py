@@ -64,3 +64,12 @@ def test_tiles_count_as_timed_on_the_processor_of_the_tables_alone(monkeypatch):
     assert dispatch.tiles_are_timed(OnGpu.device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
     assert not dispatch.tiles_are_timed(OnGpu.device)
+
+
+def test_a_gradient_that_does_not_exist_is_refused():
+    asked = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="op has no backward"):
+        dispatch.refuse_gradients("op", None, asked)
+    dispatch.refuse_gradients("op", asked.detach())
+    with torch.no_grad():
+        dispatch.refuse_gradients("op", asked)
