@@ -204,6 +204,16 @@ def test_one_command_ends_in_a_report_of_all_patterns(cluster, runs):
     assert parent_of["path"].startswith(str(runs.base / "pretrain/checkpoints"))
 
 
+def test_a_checkpoint_is_adapted_evaluated_and_reported_on_without_a_pretraining(cluster, runs):
+    cluster.wait_for_state(runs.jobs["pretrain-pretrain"], "COMPLETED", "FAILED")
+    job = job_of(
+        submit(cluster, runs.base, "adapt", "adapt.yaml", "--set", "run.dir=alone", "--from", "pretrain", "--pattern", "D=8")
+    )
+    assert cluster.wait_for_state(job["report-alone"], "COMPLETED", "FAILED") == "COMPLETED"
+    assert "| D=8,W=0,I=0 | 4 |" in (runs.base / "alone/report.md").read_text()
+    assert endings(runs.base / "alone/D8", f"{job['adapt-alone']}_0") == [("done", 4)]
+
+
 def test_what_a_submission_leaves_in_the_run_folder(runs):
     folder = next(path for path in (runs.base / "pretrain/slurm").iterdir() if path.is_dir())
     assert (folder / "code/megarat/train/loop.py").exists() and (folder / "code/slurm/env.sh").exists()
