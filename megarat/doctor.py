@@ -60,6 +60,7 @@ _PACKAGES = [
     ("matplotlib", "3.5", "plots of the demo's report", "pip install matplotlib"),
     ("pyarrow", "10", "building shards from .parquet", "pip install pyarrow"),
     ("zstandard", "0.20", "building shards from .jsonl.zst", "pip install zstandard"),
+    ("transformers", "4.57", "comparing logits at the end of checkpoint export", "pip install transformers"),
 ]
 
 

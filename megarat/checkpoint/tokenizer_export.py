@@ -118,10 +118,13 @@ def _token(tree: dict[str, Any], token_id: int) -> str:
 
 def _convert(file: Path) -> dict[str, Any]:
     """A SentencePiece model as a ``tokenizer.json``. Raises ``UserError`` for a kind of model that has no such form."""
-    from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Fast
 
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError:
+        raise UserError(f"{file}: reading a SentencePiece model for the export needs protobuf; pip install protobuf") from None
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(file.read_bytes())
     kind = model.trainer_spec.model_type

@@ -589,8 +589,8 @@ class RATPlusForCausalLM(RATPlusPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_BTC = outputs.last_hidden_state[:, kept]
-        logits_BTV = functional.linear(hidden_BTC, self.model.embedding.weight)
+        head_VC = self.model.embedding.weight  # on the first device, where layers are spread over several
+        logits_BTV = functional.linear(outputs.last_hidden_state[:, kept].to(head_VC.device), head_VC)
         logits_BTV = logits_BTV.to(_wide(logits_BTV.dtype))
         loss = None if labels is None else _next_token_loss(logits_BTV, labels, num_items_in_batch)
         if not (return_dict if return_dict is not None else self.config.return_dict):
