@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megarat import comm
@@ -334,7 +335,7 @@ def _read_into(folder: Path, part: str, tensors: Mapping[str, Fragments], group:
     The files are proved meanwhile, so that they come from the disk once; where one is damaged nothing that was read is used.
     """
     _prove(folder, f"{part}/.metadata", group)
-    failure: Exception | None = None
+    failure: BaseException | None = None
     with ThreadPoolExecutor(1) as pool, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         damage = pool.submit(_damage_in_own_share, folder, part, group)
@@ -345,7 +346,7 @@ def _read_into(folder: Path, part: str, tensors: Mapping[str, Fragments], group:
                 planner=LoadPlanner(),
                 no_dist=True,
             )
-        except Exception as error:  # of a damaged file, most likely
+        except (Exception, CheckpointException) as error:  # of a damaged file, most likely
             failure = error
     _refuse_damaged(folder, damage.result(), group)
     if failure is not None:

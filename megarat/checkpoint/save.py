@@ -219,11 +219,11 @@ def _publish(staging: Path, target: Path) -> None:
 @contextlib.contextmanager
 def _failing_together(target: Path, group: ProcessGroup | None) -> Iterator[None]:
     """Let every rank leave the block in the same way: what one raises ends it on all, and where it is raised it is told."""
-    failure: Exception | None = None
+    failure: BaseException | None = None
     try:
         with _disk_errors(target):
             yield
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         failure = error
     told = None if failure is None else (isinstance(failure, UserError), str(failure))
     failures = [other for other in comm.gather_objects(told, group) if other is not None]

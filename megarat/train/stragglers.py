@@ -107,7 +107,7 @@ def slow_ranks(times: Sequence[OwnTime], pair_seconds: float) -> list[str]:
     for time_ in times:
         where = f"rank {time_.rank} on {time_.host}"
         if time_.forward > SLOW * forward:
-            lines.append(f"{where} is slow: {time_.forward:.3g} s for its layers, the median rank {forward:.3g} s")
+            lines.append(f"{where}: {time_.forward:.3g} s for its layers, the median rank {forward:.3g} s")
         if time_.data_wait > max(SLOW * wait, _NOTICEABLE * pair_seconds):
-            lines.append(f"{where} waits for data: {time_.data_wait:.3g} s, the median rank {wait:.3g} s")
+            lines.append(f"{where}: {time_.data_wait:.3g} s of waiting for data, the median rank {wait:.3g} s")
     return lines

@@ -158,10 +158,10 @@ def test_slow_ranks_are_those_far_above_the_median():
     times[2] = OwnTime(2, "node1", 1.7, 0.0)
     times[3] = OwnTime(3, "node1", 1.0, 2.0)
     slow, waiting = slow_ranks(times, 10.0)
-    assert slow == "rank 2 on node1 is slow: 1.7 s for its layers, the median rank 1 s"
-    assert waiting == "rank 3 on node1 waits for data: 2 s, the median rank 0 s"
+    assert slow == "rank 2 on node1: 1.7 s for its layers, the median rank 1 s"
+    assert waiting == "rank 3 on node1: 2 s of waiting for data, the median rank 0 s"
     assert slow_ranks([OwnTime(0, "a", 1.0, 0.0), OwnTime(1, "b", 2.0, 0.5)], 10.0) == [
-        "rank 1 on b is slow: 2 s for its layers, the median rank 1 s"  # of two ranks the faster is the measure
+        "rank 1 on b: 2 s for its layers, the median rank 1 s"  # of two ranks the faster is the measure
     ]
 
 
@@ -196,4 +196,4 @@ def test_a_slow_rank_is_named_with_its_host(shards, tmp_path):
     worlds.run(2, slow_on_rank_one, config(tmp_path, shards, guard={"slow_every": 3}))
     told = [json.loads(line) for line in (tmp_path / "guard.jsonl").read_text().splitlines()]
     assert [(line["event"], line["pair"]) for line in told] == [("slow", 3), ("slow", 6)]
-    assert all(line["why"].startswith(f"rank 1 on {os.uname().nodename} is slow: 0.") for line in told)
+    assert all(line["why"].startswith(f"rank 1 on {os.uname().nodename}: 0.") for line in told)
