@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
@@ -135,7 +136,9 @@ def _index(local: int) -> int:
 def _attempt(deadline: float, check: Callable[[], str]) -> str:
     """What ``check`` finds in a process of its own, or that it broke down, or that it had not ended by ``deadline``."""
     reading, writing = os.pipe()
-    child = os.fork()
+    with warnings.catch_warnings():  # Python 3.12 warns of the threads that torch has; the child uses none of theirs
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
     if child == 0:
         try:
             found = check()

@@ -37,7 +37,7 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=1       # a lost peer ends the other rank
 export TORCH_NCCL_DUMP_ON_TIMEOUT=1            # and leaves a trace of what each was doing
 
 # ---- the check of every node before each start --------------------------------------------------------------------------------------
-# export MEGARAT_HEALTH=node                   # each node alone; off: no check; full (the default): also an all-reduce over all ranks
+# export MEGARAT_HEALTH=node                   # each node alone; off: no check; full (the default): also GPU memory and an all-reduce
 # export MEGARAT_HEALTH_SECONDS=120            # that this all-reduce may take, once the ranks have imported what they need
 # export MEGARAT_HEALTH_COMMAND="dcgmi diag -r 1"    # the site's own, run on every node as well; the node is bad when it fails
 
