@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from typing import Any
 
 from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED, StoppedEarly, ToldByFirstRank, UserError
@@ -131,6 +131,7 @@ def _add_eval(verbs: Any) -> None:
     parser.add_argument("--limit", type=_positive, help="harness, longbench: items a task (default: all)")
     parser.add_argument("--tokenizer", help="tokenizer file or folder (default: the one stored with the checkpoint)")
     _add_device(parser)
+    _add_tensor(parser)
     parser.set_defaults(run=_eval)
 
 
@@ -148,6 +149,7 @@ def _add_generate(verbs: Any) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", help="tokenizer file or folder (default: the one stored with the checkpoint)")
     _add_device(parser)
+    _add_tensor(parser)
     parser.set_defaults(run=_generate)
 
 
@@ -172,6 +174,12 @@ def _add_serve(verbs: Any) -> None:
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on GPUs, fp32 on CPUs")
+
+
+def _add_tensor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tensor", type=_positive, default=1, help="processes (of torchrun, srun or mpirun) that share the model by heads"
+    )
 
 
 def _add_checkpoint(verbs: Any) -> None:
@@ -279,6 +287,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         tokenizer=arguments.tokenizer,
         device=arguments.device,
         precision=arguments.precision,
+        tensor=arguments.tensor,
     )
     # Asked to stop, an evaluation that keeps its work ends its piece of it first; without --out there is nothing to keep.
     with StopRequest().listening() if arguments.out else nullcontext() as stop:
@@ -295,18 +304,32 @@ def _generate(arguments: argparse.Namespace) -> None:
     from megarat.infer.text import print_continuation
 
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.repetition_penalty, arguments.seed)
-    print_continuation(
-        arguments.checkpoint,
-        arguments.prompt,
-        pattern=_reading(arguments.pattern) if arguments.pattern else None,
-        max_new_tokens=arguments.max_new_tokens,
-        sampling=sampling,
-        stop_ids=arguments.stop_id,
-        stops=arguments.stop,
-        tokenizer=arguments.tokenizer,
-        device=arguments.device,
-        precision=arguments.precision,
-    )
+    with _silence_unless_first() if arguments.tensor > 1 else nullcontext():
+        print_continuation(
+            arguments.checkpoint,
+            arguments.prompt,
+            pattern=_reading(arguments.pattern) if arguments.pattern else None,
+            max_new_tokens=arguments.max_new_tokens,
+            sampling=sampling,
+            stop_ids=arguments.stop_id,
+            stops=arguments.stop,
+            tokenizer=arguments.tokenizer,
+            device=arguments.device,
+            precision=arguments.precision,
+            tensor=arguments.tensor,
+        )
+
+
+@contextmanager
+def _silence_unless_first() -> Iterator[None]:
+    """All ranks that share a model write the same; one of them is heard."""
+    from megarat.mesh import identify
+
+    if identify(os.environ).rank == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def _serve(arguments: argparse.Namespace) -> None:

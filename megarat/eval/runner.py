@@ -28,7 +28,8 @@ from megarat.eval.queue import PIECE, Item, Work, short_hash
 from megarat.eval.retrieval import NeedleRun, NeedleScore
 from megarat.eval.speed import speed_items
 from megarat.eval.tasks import parse_tasks
-from megarat.infer.load import LoadedModel, load
+from megarat.eval.together import Together
+from megarat.infer.load import LoadedModel, join_ranks, load
 from megarat.infer.reading import Reading, ReadingSpec
 from megarat.infer.text import find_tokenizer
 from megarat.mesh import identify
@@ -60,6 +61,7 @@ class EvalSettings:
     device: str | None = None
     precision: str | None = None
     progress: bool = True
+    tensor: int = 1  # ranks that share the model
 
 
 def evaluate(
@@ -76,11 +78,13 @@ def evaluate(
     if "longbench" in tasks:
         check_files(settings.longbench_data, tasks["longbench"])
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[settings.precision]
-    model = load(checkpoint, None, _own_device(settings.device), dtype)
+    device, ranks = join_ranks(settings.tensor, settings.device)
+    model = load(checkpoint, None, device or _own_device(settings.device), dtype, ranks)
     readings = [model.reading(pattern) for pattern in settings.patterns or ["dense"]]
     state = checkpoints.load_state(model.checkpoint)
     length = settings.sequence_length or state.config.data.sequence_length
-    work = Work(None if out is None else Path(out) / "work" / _name_of_work(model, length, settings), stop)
+    folder = None if out is None else Path(out) / "work" / _name_of_work(model, length, settings)
+    work = Together(Work(folder, stop), ranks.group)
     rows: dict[str, Sequence[PatternScore | NeedleScore | LongBenchScore | HarnessScore]] = {}
     if "ppl" in tasks:
         data = state.config.data
@@ -112,7 +116,7 @@ def evaluate(
 
 
 def _perplexity(
-    model: LoadedModel, readings: list[Reading], shards: str, length: int, settings: EvalSettings, work: Work
+    model: LoadedModel, readings: list[Reading], shards: str, length: int, settings: EvalSettings, work: Together
 ) -> list[PatternScore]:
     if settings.split not in SPLITS:
         raise UserError(f"--split: {settings.split!r}; expected {' or '.join(SPLITS)}")
@@ -127,7 +131,7 @@ def _answerer(model: LoadedModel, length: int, settings: EvalSettings) -> Answer
 
 
 def _needle(
-    model: LoadedModel, readings: list[Reading], tasks: Sequence[str], length: int, settings: EvalSettings, work: Work
+    model: LoadedModel, readings: list[Reading], tasks: Sequence[str], length: int, settings: EvalSettings, work: Together
 ) -> list[NeedleScore]:
     answerer = _answerer(model, length, settings)
     essay = read_essay(settings.needle_text) if settings.needle_text else None
@@ -137,7 +141,7 @@ def _needle(
 
 
 def _longbench(
-    model: LoadedModel, readings: list[Reading], tasks: Sequence[str], length: int, settings: EvalSettings, work: Work
+    model: LoadedModel, readings: list[Reading], tasks: Sequence[str], length: int, settings: EvalSettings, work: Together
 ) -> list[LongBenchScore]:
     folder = check_files(settings.longbench_data, tasks)
     piece = max(PIECE, settings.micro_batch)
@@ -145,7 +149,9 @@ def _longbench(
     return _by_task(run, tasks, readings, "longbench", settings, work)
 
 
-def _by_task(run: Any, tasks: Sequence[str], readings: list[Reading], name: str, settings: EvalSettings, work: Work) -> list[Any]:
+def _by_task(
+    run: Any, tasks: Sequence[str], readings: list[Reading], name: str, settings: EvalSettings, work: Together
+) -> list[Any]:
     """A row a task and reading, computed reading by reading, so that an engine serves all tasks."""
     groups = [(task, reading, run.items(task, reading)) for reading in readings for task in tasks]
     results = iter(_run(work, [item for _, _, items in groups for item in items], name, "prompt", settings))
@@ -153,13 +159,15 @@ def _by_task(run: Any, tasks: Sequence[str], readings: list[Reading], name: str,
     return [row for task in tasks for row in rows if row.task == task]
 
 
-def _speed(model: LoadedModel, readings: list[Reading], length: int, settings: EvalSettings, work: Work) -> list[dict[str, Any]]:
+def _speed(
+    model: LoadedModel, readings: list[Reading], length: int, settings: EvalSettings, work: Together
+) -> list[dict[str, Any]]:
     """Prefill and decode of every reading, measured once, by whichever process comes to it."""
     return _run(work, speed_items(model.lm, readings, length, settings.micro_batch), "speed", "pattern", settings)
 
 
 def _harness(
-    model: LoadedModel, readings: list[Reading], tasks: Sequence[str], length: int, settings: EvalSettings, work: Work
+    model: LoadedModel, readings: list[Reading], tasks: Sequence[str], length: int, settings: EvalSettings, work: Together
 ) -> list[HarnessScore]:
     folder = check_tasks(settings.eval_data, tasks)
     tokenizer = find_tokenizer(model, settings.tokenizer)
@@ -176,7 +184,7 @@ def _harness(
     return [HarnessScore(**row) for row in _run(work, items, "harness", "task", settings)]
 
 
-def _run(work: Work, items: list[Item], name: str, unit: str, settings: EvalSettings) -> list[dict[str, Any]]:
+def _run(work: Together, items: list[Item], name: str, unit: str, settings: EvalSettings) -> list[dict[str, Any]]:
     """All items' results, with a progress bar on the first process."""
     hidden = not settings.progress or identify(os.environ).rank > 0
     with tqdm(total=sum(item.size for item in items), desc=name, unit=unit, unit_scale=True, disable=hidden) as bar:

@@ -17,6 +17,7 @@ from megarat.infer.forward import hidden
 from megarat.infer.generate import generate
 from megarat.infer.reading import AnySpec, Reading, read_as
 from megarat.infer.sampling import GREEDY, Sampling
+from megarat.mesh import TENSOR, start
 from megarat.model import names
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import Patterns, PatternSpec, describe, resolve
@@ -138,6 +139,17 @@ def load(
     fill_model(lm, weights, str(folder))  # tensor by tensor: a model for the GPU is never whole on the host
     adapted_to = state.config.patterns if state.kind == "adapt" else None
     return LoadedModel(lm, patterns, folder, adapted_to)
+
+
+def join_ranks(tensor: int, device: str | None) -> tuple[torch.device | None, TensorParallel]:
+    """This process' device and the ranks it shares a model with, of ``tensor`` that a launcher started for each model; (None, alone) for 1.
+
+    Raises ``UserError`` where the number of processes is no multiple of ``tensor``.
+    """
+    if tensor == 1:
+        return None, ALONE
+    mesh = start(device or "auto", tensor=tensor)
+    return mesh.device, TensorParallel(mesh.group(TENSOR))
 
 
 def _check_shares(model: ModelConfig, ranks: int) -> None:

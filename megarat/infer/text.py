@@ -15,7 +15,7 @@ from megarat.data.tokenizer import Tokenizer, load_tokenizer
 from megarat.errors import UserError
 from megarat.infer.cache import cache_bytes
 from megarat.infer.engine import Engine, Request
-from megarat.infer.load import LoadedModel, describe_shape, load
+from megarat.infer.load import LoadedModel, describe_shape, join_ranks, load
 from megarat.infer.reading import Reading, ReadingSpec
 from megarat.infer.sampling import Sampling
 
@@ -32,10 +32,12 @@ def print_continuation(
     tokenizer: str | Path | None = None,
     device: str | None = None,
     precision: str | None = None,
+    tensor: int = 1,
 ) -> None:
-    """Stream the continuation of ``prompt`` to stdout; model, speed and cache size go to stderr."""
+    """Stream the continuation of ``prompt`` to stdout; model, speed and cache size go to stderr. ``tensor`` ranks share the model."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[precision]
-    model = load(checkpoint, None, device, dtype)
+    own_device, ranks = join_ranks(tensor, device)
+    model = load(checkpoint, None, own_device or device, dtype, ranks)
     reading = model.reading(pattern)  # warns where the checkpoint was adapted to another one
     text = find_tokenizer(model, tokenizer)
     length = len(encode_prompt(model, text, prompt)) + max_new_tokens

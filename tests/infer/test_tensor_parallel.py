@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +12,10 @@ import tiny_run
 import torch
 
 import megarat
-from megarat import mesh
+from megarat import cli, mesh
 from megarat.errors import UserError
 from megarat.eval.perplexity import batch_loss
+from megarat.infer import text
 from megarat.infer.load import LoadedModel, load
 from megarat.infer.sampling import Sampling
 from megarat.parallel import worlds
@@ -89,3 +93,58 @@ def test_shares_that_are_not_even_are_refused(checkpoint):
     with pytest.raises(UserError, match="--tensor 2: 1 process was started"):
         mesh.start("cpu", tensor=2)
     assert ALONE.size == 1
+
+
+def command(arguments: list[str]) -> tuple[int, str]:
+    """One rank of ``megarat``: the exit code and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = cli.main(arguments)
+    return code, out.getvalue()
+
+
+def test_eval_by_ranks_that_share_a_model_says_what_one_process_says(checkpoint, tmp_path):
+    shards = checkpoint.parent / "corpus"
+    common = ["eval", str(checkpoint), "--device", "cpu", "--shards", str(shards), "--split", "train", "--limit-tokens", "320"]
+    common += ["--pattern", "dense", "--pattern", "D=4"]
+    assert command([*common, "--out", str(tmp_path / "one")])[0] == 0
+    ended = worlds.run(4, command, [*common, "--out", str(tmp_path / "shared"), "--tensor", "2"])
+    assert [code for code, _ in ended] == [0] * 4
+    assert ended[0][1]
+    assert not any(printed for _, printed in ended[1:])
+    one, shared = (json.loads((tmp_path / name / "results.json").read_text())["tasks"]["ppl"] for name in ("one", "shared"))
+    for ours, theirs in zip(shared, one, strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+
+
+class Letters:
+    """A tokenizer without a file."""
+
+    eos_id, vocab_size, file = 2, tiny_run.VOCAB, Path("letters")
+
+    def encode(self, texts):
+        return [[3 + ord(letter) % (self.vocab_size - 3) for letter in text] for text in texts]
+
+    def decode(self, ids):
+        return "".join(chr(64 + id_) for id_ in ids)
+
+
+def continued(arguments: list[str]) -> tuple[int, str]:
+    text.find_tokenizer = lambda model, named: Letters()
+    return command(arguments)
+
+
+def test_generate_by_ranks_that_share_a_model_prints_once_what_one_process_prints(checkpoint):
+    common = ["generate", str(checkpoint), "--device", "cpu", "--prompt", "abc", "--pattern", "D=4,W=2", "--max-new-tokens", "16"]
+    alone = worlds.run(1, continued, common)[0]
+    assert alone[0] == 0
+    assert len(alone[1]) > len("abc")
+    assert worlds.run(2, continued, [*common, "--tensor", "2"]) == [alone, (0, "")]
+
+
+def test_what_ends_the_first_rank_ends_the_others(checkpoint):
+    """Both ranks of a shared model hear that there is no such corpus, or that the first was stopped."""
+    (first, _), (second, _) = worlds.run(
+        2, command, ["eval", str(checkpoint), "--device", "cpu", "--shards", "nowhere", "--tensor", "2"]
+    )
+    assert (first, second) == (2, 2)
