@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megarat.data.loader import read_samples, to_micro_batch
+from megarat.data.loader import number_documents, read_samples, to_micro_batch
 from megarat.data.plan import SequentialPlan
 from megarat.data.reader import Reader
 from megarat.errors import UserError
@@ -33,11 +33,11 @@ _PIECE = 16  # sequences of an item of work, at least
 class HeldOut:
     """A corpus in sequences of ``length`` tokens that do not overlap, in order: as many as ``limit_tokens`` allow, but at least one.
 
-    Raises ``UserError`` where it is shorter than one sequence.
+    ``separate``: documents do not see each other, as the model was trained. Raises ``UserError`` where it is shorter than one sequence.
     """
 
-    def __init__(self, reader: Reader, length: int, limit_tokens: int | None) -> None:
-        self.reader, self.length = reader, length
+    def __init__(self, reader: Reader, length: int, limit_tokens: int | None, separate: bool = False) -> None:
+        self.reader, self.length, self._separate = reader, length, separate
         self._plan = SequentialPlan(reader.num_tokens, length)
         self.sequences = self._plan.samples_per_epoch
         if limit_tokens is not None:
@@ -46,6 +46,10 @@ class HeldOut:
     def batch(self, rows: range) -> tuple[Tensor, Tensor]:
         """Inputs and labels of some sequences, each (b, T) int64."""
         return to_micro_batch(read_samples(self.reader, self._plan, np.array(rows)), self.reader.eos_id)
+
+    def documents(self, inputs_BT: Tensor) -> Tensor | None:
+        """Which document of its sequence each input is of, where documents are kept apart."""
+        return number_documents(inputs_BT, self.reader.eos_id) if self._separate else None
 
 
 @dataclass(frozen=True)
@@ -104,17 +108,20 @@ def _sum_losses(model: RATPlusLM, readings: Sequence[Reading], corpus: HeldOut, 
     device = model.embedding.weight.device
     for first in rows[::batch]:
         inputs_BT, labels_BT = (part.to(device) for part in corpus.batch(range(first, min(first + batch, rows.stop))))
+        documents_BT = corpus.documents(inputs_BT)
         tokens += int((labels_BT != -100).sum())
         for index, reading in enumerate(readings):
             start = time.perf_counter()
-            totals[index] += batch_loss(model, inputs_BT, labels_BT, reading)
+            totals[index] += batch_loss(model, inputs_BT, labels_BT, reading, documents_BT)
             seconds[index] += time.perf_counter() - start
     return {"totals": totals, "seconds": seconds, "tokens": tokens}
 
 
 @torch.no_grad()
-def batch_loss(model: RATPlusLM, inputs_BT: Tensor, labels_BT: Tensor, reading: Reading) -> float:
+def batch_loss(
+    model: RATPlusLM, inputs_BT: Tensor, labels_BT: Tensor, reading: Reading, documents_BT: Tensor | None = None
+) -> float:
     """Summed cross entropy of one batch, in nats."""
-    hidden_BTC = hidden(model, inputs_BT, reading)
+    hidden_BTC = hidden(model, inputs_BT, reading, documents_BT)
     total, _ = model.embedding.cross_entropy(hidden_BTC.flatten(0, 1), labels_BT.flatten(), reduction="sum")
     return float(total)

@@ -122,7 +122,9 @@ def _perplexity(
         raise UserError(f"--split: {settings.split!r}; expected {' or '.join(SPLITS)}")
     reader = TokenReader(join(shards, settings.split))
     check_vocabulary(reader.index, model.config.vocab)
-    items = perplexity_items(model.lm, readings, HeldOut(reader, length, settings.limit_tokens), settings.micro_batch)
+    separate = checkpoints.load_state(model.checkpoint).config.data.documents == "separate"
+    corpus = HeldOut(reader, length, settings.limit_tokens, separate)
+    items = perplexity_items(model.lm, readings, corpus, settings.micro_batch)
     return combine(model.lm, readings, _run(work, items, "perplexity", "tok", settings), length)
 
 

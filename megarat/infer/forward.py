@@ -27,15 +27,23 @@ from megarat.ops import decode_step as fused_step
 
 
 @torch.no_grad()
-def hidden(model: RATPlusLM, ids_BT: Tensor, reading: Reading) -> Tensor:
-    """Final normed hidden states (B, T, C) of whole sequences. Raises ``UserError`` under SnapKV, which is about answers behind a prompt."""
+def hidden(model: RATPlusLM, ids_BT: Tensor, reading: Reading, document_ids_BT: Tensor | None = None) -> Tensor:
+    """Final normed hidden states (B, T, C) of whole sequences, nothing crossing from one document into another where their ids are given.
+
+    Raises ``UserError`` under SnapKV, which is about answers behind a prompt, and for top-k blocks within documents.
+    """
     if reading.snapkv is not None:
         raise UserError(
             f"pattern '{reading}': snapkv thins out the cache of a prompt before its answer, so it can be judged by answers only "
             "(needle, longbench, generate, serve); there are none in perplexities and likelihoods"
         )
     if reading.topk is None:
-        return model.hidden(ids_BT, reading.patterns)
+        return model.hidden(ids_BT, reading.patterns, document_ids_BT)
+    if document_ids_BT is not None:
+        raise UserError(
+            f"pattern '{reading}': the run kept documents apart (data.documents: separate), but top-k blocks reach across; score it by answers, "
+            "or without top-k"
+        )
     positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
     rotary = model.rotary(positions_T)
     x_BTC = model.embed(ids_BT)

@@ -77,6 +77,28 @@ def results(checkpoint, shards) -> dict:
     return evaluate(checkpoint, settings(shards))
 
 
+def test_documents_that_were_trained_apart_are_scored_apart(checkpoint, shards, stream, monkeypatch):
+    """Against each document of a sequence alone: dense attention and rotary only know distances, so its place does not matter."""
+    from megarat.eval import runner
+
+    state = runner.checkpoints.load_state(checkpoint)
+    state.config.data.documents = "separate"
+    monkeypatch.setattr(runner.checkpoints, "load_state", lambda folder: state)
+    [row] = evaluate(checkpoint, settings(shards, patterns=["dense"]))["tasks"]["ppl"]
+    model = megarat.load(checkpoint, pattern="dense", device="cpu", dtype=torch.float64)
+    losses = []
+    for first in range(0, 12 * LENGTH, LENGTH):
+        ends = [n for n in range(first, first + LENGTH) if stream[n] == EOS]
+        for start, end in zip([first, *(n + 1 for n in ends)], [*(n + 1 for n in ends), first + LENGTH], strict=True):
+            if start == end:
+                continue
+            logits = model(torch.from_numpy(stream[None, start:end]))[0].log_softmax(dim=-1)
+            losses += [-float(logits[n - start, stream[n + 1]]) for n in range(start, end) if stream[n] != EOS]
+    assert row["tokens"] == len(losses) and row["loss"] == pytest.approx(float(np.mean(losses)), abs=2e-6)  # fp32, as below
+    with pytest.raises(UserError, match="kept documents apart"):
+        evaluate(checkpoint, settings(shards, patterns=["dense + topk blocks=2,size=4"]))
+
+
 def test_the_runs_config_says_what_is_scored_and_how_much_of_it(results, checkpoint, shards, monkeypatch):
     from megarat.eval import runner
 
