@@ -38,7 +38,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # number of forward segments. Chosen by timing on an H200.
 Tile = tuple[int, int, int, int, int, int]
 MANY_COLUMNS: tuple[Tile, Tile] = ((64, 8, 8, 8, 128, 1), (64, 4, 8, 4, 255, 1))
-FEW_COLUMNS: tuple[Tile, Tile] = ((32, 16, 8, 8, 128, 2), (32, 16, 8, 8, 255, 2))
+FEW_COLUMNS: tuple[Tile, Tile] = ((32, 16, 8, 8, 128, 1), (32, 8, 8, 4, 255, 2))
 MANY_CHANNELS = 8192  # of all rows: from so many on, short blocks give enough programs and long ones only lengthen the chain
 
 
