@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 from megarat import comm
 from megarat.checkpoint.manifest import CheckpointState
 from megarat.checkpoint.save import Snapshot, prune, save
+from megarat.checkpoint.shards import Cast
 from megarat.config import CheckpointConfig
 from megarat.errors import ToldByFirstRank, UserError
 from megarat.parallel.fragments import Box, Fragments
@@ -49,7 +50,7 @@ class Moment:
         masters = moments.pop("master")
         if self.dtype == torch.float32:
             return Snapshot(self.description, masters, moments=moments, tokenizer=self.tokenizer)
-        weights = {name: held.map(lambda master: master.to(self.dtype)) for name, held in masters.items()}
+        weights = {name: Cast(held, self.dtype) for name, held in masters.items()}
         return Snapshot(self.description, weights, masters, moments, self.tokenizer)
 
 

@@ -7,7 +7,7 @@ that overlap its own, whoever wrote them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +17,22 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from megarat.parallel.fragments import Fragments
 
-Held = Tensor | Fragments  # a whole tensor, or this rank's part of one
+
+class Cast(NamedTuple):
+    """This rank's part of a tensor, to be written as ``dtype``: each box is rounded when its turn comes, by the thread that writes it."""
+
+    fragments: Fragments
+    dtype: torch.dtype
+
+
+Held = Tensor | Fragments | Cast  # a whole tensor, or this rank's part of one
 
 
 class _Shards:
     """Answers the questions that the planners ask of a tensor spread over ranks."""
 
-    def __init__(self, fragments: Fragments) -> None:
-        self._fragments = fragments
+    def __init__(self, fragments: Fragments, dtype: torch.dtype) -> None:
+        self._fragments, self._dtype = fragments, dtype
 
     def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
         if not self._fragments.written_here:
@@ -34,7 +42,7 @@ class _Shards:
             WriteItem(
                 index=MetadataIndex(name, chunk.offsets, number),
                 type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, TensorProperties(dtype=self._fragments.dtype), whole),
+                tensor_data=TensorWriteData(chunk, TensorProperties(dtype=self._dtype), whole),
             )
             for number, chunk in enumerate(self.__create_chunk_list__())
         ]
@@ -43,7 +51,8 @@ class _Shards:
         return [ChunkStorageMetadata(torch.Size(offset), tensor.shape) for offset, tensor in self._fragments.boxes]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return next(tensor for offset, tensor in self._fragments.boxes if offset == index.offset)
+        """The box itself, for a reader to fill, unless it is to be cast."""
+        return next(tensor for offset, tensor in self._fragments.boxes if offset == index.offset).to(self._dtype)
 
 
 class SavePlanner(DefaultSavePlanner):
@@ -74,10 +83,20 @@ class LoadPlanner(DefaultLoadPlanner):
 
 def as_state_dict(tensors: Mapping[str, Held]) -> dict[str, Any]:
     """For ``torch.distributed.checkpoint`` with the planners of this module."""
-    return {name: _Shards(held) if isinstance(held, Fragments) else held for name, held in tensors.items()}
+    return {name: held if isinstance(held, Tensor) else _shards(held) for name, held in tensors.items()}
+
+
+def _shards(held: Fragments | Cast) -> _Shards:
+    return _Shards(*held) if isinstance(held, Cast) else _Shards(held, held.dtype)
 
 
 def bytes_held(tensors: Mapping[str, Held]) -> int:
-    """Size of what this rank holds."""
-    boxes = [box for held in tensors.values() for box in ([held] if isinstance(held, Tensor) else [b.tensor for b in held.boxes])]
-    return sum(box.numel() * box.element_size() for box in boxes)
+    """Size on disk of what this rank holds."""
+    return sum(map(_bytes, tensors.values()))
+
+
+def _bytes(held: Held) -> int:
+    if isinstance(held, Tensor):
+        return held.nbytes
+    fragments, dtype = held if isinstance(held, Cast) else (held, held.dtype)
+    return sum(box.numel() for _, box in fragments.boxes) * dtype.itemsize
