@@ -27,7 +27,7 @@ Variant = tuple[str, Callable[[], object]]
 # (pairs, segments, steps, warps, registers, how far a link looks back)
 SCAN_FORWARD = [
     (64, 8, 8, 8, 128, 1), (64, 4, 8, 4, 128, 1), (64, 4, 8, 4, 128, 2), (32, 16, 8, 8, 128, 1), (32, 16, 8, 8, 128, 2), (32, 16, 8, 8, 128, 4),
-    (32, 8, 8, 4, 128, 2),
+    (32, 8, 8, 4, 128, 2), (64, 16, 8, 16, 128, 1), (64, 16, 8, 16, 128, 2),
 ]  # fmt: skip
 SCAN_BACKWARD = [(64, 4, 8, 4, 255, 1), (64, 4, 8, 4, 255, 2), (64, 4, 4, 4, 128, 1), (32, 8, 8, 4, 255, 2)]
 # (queries, keys, warps, stages, registers)
