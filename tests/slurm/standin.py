@@ -5,6 +5,7 @@ Most of the time of these jobs goes by in Slurm's queue, so all of them are subm
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -114,6 +115,33 @@ SCENARIOS: dict[str, tuple[list[str], dict[str, str]]] = {
 }  # fmt: skip
 
 
+# A real image, unprivileged, where Charliecloud is installed: most of this machine bound into an empty root.
+CHARLIECLOUD = "ch-run"
+IMAGE_MARK = "in-the-image"
+
+
+def make_image(folder: Path, *needed: Path) -> dict[str, str]:
+    """The least that an image can be, and the settings of a job that runs in it: mount points of the system and of what is needed."""
+    tops = {Path(path).parts[1] for path in (sys.executable, sys.base_prefix, os.path.realpath(sys.executable), *needed)} | {
+        "usr"
+    }
+    for name in tops | {"dev", "proc", "sys", "tmp", "home", "etc"}:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for name in ("bin", "lib", "lib64", "sbin"):
+        if name not in tops:
+            (folder / name).symlink_to(f"usr/{name}")
+    for name in ("hosts", "passwd", "group", "resolv.conf"):  # of the host they are bound over
+        (folder / "etc" / name).touch()
+    (folder / IMAGE_MARK).touch()
+    binds = " ".join(f"--bind=/{name}:/{name}" for name in sorted(tops))
+    return {
+        "USER": "root",
+        "MEGARAT_CONTAINER": f"{CHARLIECLOUD} {binds} --cd={needed[0]} {folder} --",
+        "MEGARAT_HEALTH_COMMAND": f"test -e /{IMAGE_MARK}",
+        "options": "--nodes=2",
+    }
+
+
 def submit_all(cluster: Cluster, base: Path) -> dict[str, Submitted]:
     """All scenarios as jobs of pretrain.sbatch, from a tree with the repository's slurm folder and the stand-in."""
     shutil.copytree(ROOT / "slurm", base / "tree/slurm")
@@ -123,7 +151,10 @@ def submit_all(cluster: Cluster, base: Path) -> dict[str, Submitted]:
         (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).write_text(program)
         (base / name).chmod(0o755)
-    return {name: _submit(cluster, base, name, *scenario) for name, scenario in SCENARIOS.items()}
+    scenarios = dict(SCENARIOS)
+    if shutil.which(CHARLIECLOUD):
+        scenarios["image"] = (["4 listen", "8 0"], make_image(base / "images/root", base))
+    return {name: _submit(cluster, base, name, *scenario) for name, scenario in scenarios.items()}
 
 
 def _submit(cluster: Cluster, base: Path, name: str, script: list[str], changes: dict[str, str]) -> Submitted:

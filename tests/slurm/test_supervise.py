@@ -7,9 +7,11 @@ import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
+import pytest
 from cluster import CUT, PATIENCE, alive, history, parent, wait_until
-from standin import APPTAINER, ENROOT, Submitted
+from standin import APPTAINER, CHARLIECLOUD, ENROOT, IMAGE_MARK, Submitted
 
 
 def test_signals_stop_every_rank_and_the_job_goes_on_in_its_queue(cluster, jobs):
@@ -142,6 +144,19 @@ def test_an_image_runs_the_health_check_and_every_rank_with_its_binds(cluster, j
         (sys.executable, "health.py"),
         (sys.executable, "launch.py"),
     ]
+
+
+def test_a_job_lives_in_a_real_image(cluster, jobs):
+    if "image" not in jobs:
+        pytest.skip(f"no {CHARLIECLOUD} here; apt-get install --no-install-recommends charliecloud")
+    image = jobs["image"]
+    image.waits(ranks=2)
+    for rank in (0, 1):
+        pid = (image.run / f"listening-{rank}").read_text()
+        assert Path(f"/proc/{pid}/root/{IMAGE_MARK}").exists()
+    cluster.command("scancel", "--signal=USR1", "--batch", image.job)
+    cluster.wait_for_state(image.job, "COMPLETED", "FAILED")
+    assert image.endings == [("stopped", 4), ("done", 8)]
 
 
 def test_tasks_of_an_array_are_requeued_alone(cluster, jobs, tmp_path):
