@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "slurm"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "slurm"))
 from collective import rounds
 from history import DIED, DONE, HUNG, LOST, STOPPED, UNHEALTHY, Ending, History, decide, progress
 from job import culprits
