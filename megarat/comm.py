@@ -15,6 +15,7 @@ the caller computes something else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -24,6 +25,23 @@ from torch.distributed import ProcessGroup
 from megarat.errors import ToldByFirstRank, UserError
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that share something; without a group, this process alone."""
+
+    group: ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """This one's number among them."""
+        return rank(self.group)
 
 
 def size(group: ProcessGroup | None) -> int:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from megarat import comm
@@ -29,20 +28,8 @@ _SEQUENCE_DIM, _HEADS_DIM = 1, 2
 
 
 @dataclass(frozen=True)
-class ContextParallel:
-    """The ranks that share each sequence; without a group, this process alone."""
-
-    group: ProcessGroup | None = None
-
-    @property
-    def size(self) -> int:
-        """Ranks that share each sequence."""
-        return comm.size(self.group)
-
-    @property
-    def rank(self) -> int:
-        """This rank among them."""
-        return comm.rank(self.group)
+class ContextParallel(comm.Ranks):
+    """The ranks that share each sequence."""
 
     def own(self, x_BT: Tensor) -> Tensor:
         """This rank's tokens of whole sequences: (B, T) -> (B, T / n)."""

@@ -53,10 +53,16 @@ class Case(NamedTuple):
     zero: int
     micro_batch: int
 
+    @property
+    def recompute(self) -> str:
+        """How activations are made again in the backward, which changes nothing: all ways in turn."""
+        return ("off", "selective", "full")[(self.zero + self.micro_batch) % 3]
+
     def __str__(self) -> str:
         accumulation = _GLOBAL_BATCH // (self.micro_batch * self.shape.data)
         sequence = ", sequence" if self.sequence else ""
-        return f"{self.shape}{sequence}, ZeRO {self.zero}, {accumulation} x {self.micro_batch} sequences"
+        recompute = "" if self.recompute == "off" else f", recompute {self.recompute}"
+        return f"{self.shape}{sequence}, ZeRO {self.zero}, {accumulation} x {self.micro_batch} sequences{recompute}"
 
 
 class Findings(NamedTuple):
@@ -116,6 +122,7 @@ def settings(case: Case, seed: int = 0, device: str = "cpu") -> Config:
                 "context": shape.context,
                 "zero": case.zero,
                 "sequence": case.sequence,
+                "recompute": case.recompute,
             },
         }
     )

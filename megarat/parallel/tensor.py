@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from megarat import comm
@@ -30,21 +29,10 @@ Product = Callable[[Tensor, Tensor], Tensor]  # x, weight -> x @ weight.T
 
 
 @dataclass(frozen=True)
-class TensorParallel:
-    """The ranks that share each layer; without a group, this process alone."""
+class TensorParallel(comm.Ranks):
+    """The ranks that share each layer; with ``sequence`` also what lies between the matrices."""
 
-    group: ProcessGroup | None = None
     sequence: bool = False
-
-    @property
-    def size(self) -> int:
-        """Ranks that share each layer."""
-        return comm.size(self.group)
-
-    @property
-    def rank(self) -> int:
-        """This rank among them."""
-        return comm.rank(self.group)
 
     def enter(self, x_BTC: Tensor) -> Tensor:
         """Before the matrices that ranks share: (B, T, C), or with ``sequence`` 1/n of its tokens as (B, T/n, C) -> (B, T, C)."""
