@@ -31,7 +31,7 @@ import megarat
 from megarat.checkpoint import huggingface
 from megarat.checkpoint.load import StoredWeights, identity, load_state, resolve, tokenizer_folder
 from megarat.checkpoint.manifest import STAGING_PREFIX, CheckpointState
-from megarat.checkpoint.safetensors import read_model, write_model
+from megarat.checkpoint.safetensors import locate, read_file, write_model
 from megarat.checkpoint.tokenizer_export import Probes, export_tokenizer
 from megarat.config import ModelConfig
 from megarat.data.tokenizer import Tokenizer
@@ -251,8 +251,8 @@ def _megarat_logits(model: ModelConfig, read: Callable[[str], Tensor], ids_BT: T
     def read_runtime(name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.cat([read(piece).float() for piece in names.logical_names(name, shape)])
 
-    _run_layer_by_layer(lm, lm.blocks, read_runtime)
-    return lm(ids_BT, resolve_pattern(spec, model.layers, model.heads))
+    with _layer_by_layer(lm, lm.blocks, read_runtime):
+        return lm(ids_BT, resolve_pattern(spec, model.layers, model.heads))
 
 
 @torch.no_grad()
@@ -261,15 +261,18 @@ def _exported_logits(exported: Path, ids_BT: Tensor, spec: PatternSpec) -> Tenso
     from megarat.checkpoint.huggingface.configuration_ratplus import RATPlusConfig
     from megarat.checkpoint.huggingface.modeling_ratplus import RATPlusForCausalLM
 
-    tensors = read_model(exported)
+    places = locate(exported)
     with torch.device("meta"):
-        lm = RATPlusForCausalLM(RATPlusConfig.from_pretrained(exported))
-    _run_layer_by_layer(lm, lm.model.layers, lambda name, _: tensors[name].float())
-    return lm.eval()(input_ids=ids_BT, pattern=_plain(spec), use_cache=False).logits
+        lm = RATPlusForCausalLM(RATPlusConfig.from_pretrained(exported)).eval()
+    with _layer_by_layer(lm, lm.model.layers, lambda name, _: read_file(places[name])[name].float()):
+        return lm(input_ids=ids_BT, pattern=_plain(spec), use_cache=False).logits
 
 
-def _run_layer_by_layer(model: nn.Module, layers: Iterable[nn.Module], read: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-    """Let a model on the meta device run: each of ``layers`` has its weights only while it runs; what lies outside them keeps its own."""
+@contextlib.contextmanager
+def _layer_by_layer(
+    model: nn.Module, layers: Iterable[nn.Module], read: Callable[[str, tuple[int, ...]], Tensor]
+) -> Iterator[None]:
+    """Let a model on the meta device run: each of ``layers`` has its weights only while it runs, what lies outside them until the end."""
     prefixes = {module: name + "." for name, module in model.named_modules()}
     inside = {parameter for layer in layers for parameter in layer.parameters()}
     for name, parameter in list(model.named_parameters()):
@@ -283,9 +286,13 @@ def _run_layer_by_layer(model: nn.Module, layers: Iterable[nn.Module], read: Cal
     def empty(layer: nn.Module, *_: Any) -> None:
         layer.to("meta")
 
-    for layer in layers:
-        layer.register_forward_pre_hook(fill)
-        layer.register_forward_hook(empty)
+    hooks = [handle for layer in layers for handle in (layer.register_forward_pre_hook(fill), layer.register_forward_hook(empty))]
+    try:
+        yield
+    finally:
+        for hook in hooks:  # they hold the model in a circle, which would keep its embedding until the next collection
+            hook.remove()
+        model.to("meta")
 
 
 def _set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -93,36 +93,38 @@ def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def read_model(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder by name, as read-only views of its mapped files.
+    """All tensors of a folder by name, as read-only views of its mapped files. Raises ``UserError`` as ``locate`` and ``read_file`` do."""
+    places = locate(folder)
+    return {name: tensor for path in sorted(set(places.values())) for name, tensor in read_file(path).items()}
 
-    Raises ``UserError`` that names the file which is missing, cut, or says of itself what cannot be.
+
+def locate(folder: Path) -> dict[str, Path]:
+    """Where each tensor of a folder lies.
+
+    Raises ``UserError`` that names the file which is missing, cut, of another model, or says of itself what cannot be.
     """
     index = folder / INDEX
     if not index.is_file():
         if not (folder / SINGLE).is_file():
             raise UserError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
-        return read_file(folder / SINGLE)
+        return dict.fromkeys(read_file(folder / SINGLE), folder / SINGLE)
     try:
         places = {str(name): str(file) for name, file in json.loads(index.read_bytes())["weight_map"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is damaged: {type(error).__name__}: {error}") from None
-    tensors: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
         if "/" in name or not (folder / name).is_file():
             raise UserError(f"{index} names {name!r}, which is not there")
-        found = read_file(folder / name)
-        wanted = {tensor for tensor, file in places.items() if file == name}
-        if found.keys() != wanted:
-            odd = sorted(found.keys() ^ wanted)[0]
+        odd = read_file(folder / name).keys() ^ {tensor for tensor, file in places.items() if file == name}
+        if odd:
             raise UserError(
-                f"{folder / name}: {INDEX} and the file disagree about the tensor {odd}; files of two models are mixed up"
+                f"{folder / name}: {INDEX} and the file disagree about the tensor {min(odd)}; files of two models are mixed up"
             )
-        tensors |= found
-    return tensors
+    return {name: folder / file for name, file in places.items()}
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file, likewise."""
+    """The tensors of one file as views of it; it stays mapped while one of them is there. Raises ``UserError`` for a damaged file."""
     with path.open("rb") as file:
         size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")

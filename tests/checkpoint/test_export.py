@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import random
 import shutil
+import sys
 import weakref
 from pathlib import Path
 
@@ -149,6 +151,38 @@ def test_generation_equals_megarats_and_padding_on_the_left_changes_nothing(expo
         real = prompts[row : row + 1, mask[row].bool()]
         alone = model.generate(real, **options)[0, real.shape[1] :]
         assert torch.equal(found[row, : len(alone)], alone)
+
+
+def random_pattern(draw: random.Random) -> str:
+    window, initial = draw.choice([0, 1, 5, 9, 200]), draw.choice([0, 1, 7, 40, 500])
+    return f"D={draw.choice([-1, 1, 2, 5, 16, 64])},W={window},I={initial}"
+
+
+def test_padding_anywhere_and_any_chunks_give_the_logits_of_the_bare_sequence(exported, imported, monkeypatch):
+    """30 seeded draws of patterns, masks with holes and chunks, each row against megarat on its real tokens alone."""
+    model, own, draw = from_pretrained(exported), megarat.load(imported, device="cpu"), random.Random(0)
+    code = sys.modules[type(model).__module__]
+    for case in range(30):
+        monkeypatch.setattr(code, "_CHUNK", draw.choice([1, 3, 16, 512]))
+        spec = draw.choice([random_pattern(draw), [[random_pattern(draw) for _ in range(HEADS)] for _ in range(LAYERS)]])
+        length = draw.randint(2, 80)
+        ids, cuts = random_ids(3, length, case), sorted(draw.sample(range(1, length), min(length - 1, draw.randint(0, 4))))
+        mask = torch.ones(3, length, dtype=torch.int64)
+        mask[0, : draw.randint(0, length - 1)] = 0
+        mask[1, draw.randint(1, length) :] = 0
+        mask[2, draw.sample(range(length), length // 2)] = 0
+        with torch.no_grad():
+            found = [model(ids, attention_mask=mask, pattern=spec, use_cache=False).logits]
+            cache, parts = None, []
+            for start, end in zip([0, *cuts], [*cuts, length], strict=True):
+                part = model(ids[:, start:end], mask[:, :end], cache, pattern=spec, use_cache=True)
+                cache = part.past_key_values
+                parts.append(part.logits)
+            found.append(torch.cat(parts, dim=1))
+            for row, real in enumerate(mask.bool()):
+                expected = own(ids[row : row + 1, real], spec)[0]
+                for logits in found:
+                    torch.testing.assert_close(logits[row, real], expected, atol=3e-5, rtol=0)
 
 
 def test_beams_and_a_cache_handed_back_give_what_reading_everything_again_gives(exported):
