@@ -59,8 +59,9 @@ class PairGuard:
         """Whether the update of a pass (its name) may be made, given its loss and gradient norm."""
 
         def accept(which: str, loss: float, norm: float) -> bool:
-            self.why = self._spike(which, loss, norm, state.guard.get("figures", {}).get(which, []))
-            return not self.why
+            spike = self._spike(which, loss, norm, state.guard.get("figures", {}).get(which, []))
+            self.why = spike or self.why
+            return not spike
 
         return accept
 

@@ -19,7 +19,7 @@ from megarat.checkpoint.manifest import CheckpointState, pair_of
 from megarat.errors import UserError
 from megarat.log import METRICS
 from megarat.train.run import Run
-from megarat.train.step import PairResult, train_pair
+from megarat.train.step import PairResult, sparse_patterns, train_pair
 
 FIGURES = ("loss_sparse", "loss_dense", "grad_norm_sparse", "grad_norm_dense")
 
@@ -49,7 +49,8 @@ def replay(run: Run, lr: float) -> dict[str, float | None]:
     """Train the pair that comes next, with the recorded rate (``train.pairs`` may have been raised since); its figures as they are recorded."""
     config, state = run.config, run.state
     batch = run.loader.pair(state.pair + state.passed_over)
-    return figures_of(train_pair(run.engine, batch.micro_batches, config.sparse_patterns, config.patterns, lr))
+    sparse, summed = sparse_patterns(config, state.pair), config.train.recipe == "summed"
+    return figures_of(train_pair(run.engine, batch.micro_batches, sparse, config.patterns, lr, summed=summed))
 
 
 def figures_of(result: PairResult) -> dict[str, float | None]:
