@@ -7,6 +7,7 @@ and queued the job again, learns it there and ends before it writes anything tha
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -29,5 +30,6 @@ def beat() -> None:
     except OSError:
         return  # the disk is away for a moment, or the file is gone: training needs neither
     if present != start:
-        print(f"megarat: start {present} of this job has taken over; start {start} ends here", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            print(f"megarat: start {present} of this job has taken over; start {start} ends here", file=sys.stderr, flush=True)
         os._exit(1)  # not even what is done on a way out may touch the run

@@ -9,6 +9,7 @@ would end it then, and it would keep the run folder locked against the next star
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import runpy
@@ -27,7 +28,8 @@ def end_with(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(_LOOK_S)
-        os.write(2, b"megarat on Slurm: the process that started this rank has died; so does the rank\n")
+        with contextlib.suppress(OSError):  # who started this rank was the reader of what it writes
+            os.write(2, b"megarat on Slurm: the process that started this rank has died; so does the rank\n")
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
