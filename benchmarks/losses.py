@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.measure import environment
+from benchmarks.measure import commit, environment
 from benchmarks.train import append
 from megarat.config import Config, from_dict
 from megarat.engine import Engine
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         first = losses if first is None else first
         row = {
             "time": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
-            **(environment() if torch.cuda.is_available() else {"gpu": "cpu", "torch": torch.__version__}),
+            **(environment() if torch.cuda.is_available() else {"gpu": "cpu", "torch": torch.__version__, "commit": commit()}),
             "arm": name, "layers": options.layers, "hidden": options.hidden, "length": options.length, "batch": options.batch,
             "pairs": options.pairs, **compare(losses, first), "seconds": round(seconds, 1),
         }  # fmt: skip

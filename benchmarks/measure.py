@@ -80,8 +80,13 @@ def environment() -> dict[str, str]:
         "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": os.environ.get("MEGARAT_COMMIT") or _first_line(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """The version of the code: of the checkout, or as told where there is none."""
+    return os.environ.get("MEGARAT_COMMIT") or _first_line(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"])
 
 
 def _first_line(command: list[str]) -> str:

@@ -119,22 +119,17 @@ def profile() -> str:
 
 def losses() -> str:
     """The arms of each comparison."""
-    rows = latest(read("losses.csv"), "arm", "pairs", "layers", "hidden", "batch")
+    rows = latest(read("losses.csv"), "gpu", "arm", "pairs", "layers", "hidden", "batch")
     lines = (
         (
-            r["arm"],
-            r["pairs"],
-            r["loss_sparse"],
-            r["loss_dense"],
-            r["mean_distance"],
-            r["rms_distance"],
-            r["largest_distance"],
-            r["commit"],
+            r["arm"], f"{r['gpu']}, {r['layers']} x {r['hidden']}, {r['batch']} x {r['length']}", r["pairs"], r["loss_sparse"], r["loss_dense"],
+            r["mean_distance"], r["rms_distance"], r["largest_distance"], r["commit"] or "–",
         )
         for r in rows
-    )
+    )  # fmt: skip
     return table(
-        "arm | pairs | sparse loss | dense loss | mean distance | rms distance | largest distance, any pair | commit", lines
+        "arm | on, layers x width, batch | pairs | sparse loss | dense loss | mean distance | rms distance | largest, any pair | commit",
+        lines,
     )
 
 
