@@ -131,11 +131,11 @@ def test_gated_scan_and_all_its_gradients_match_float64(case, many, dtype, monke
 
 @pytest.mark.parametrize("back", [3] if INTERPRETED else [1, 2, 3])
 def test_blocks_that_take_their_state_from_further_in_front_find_the_same(back, monkeypatch):
-    """Seven blocks of 8 steps: fewer of them in front than a link looks back, as many, and more."""
+    """Four blocks of 8 steps: fewer of them in front than a link looks back, as many, and more."""
     tile = (8, 4, 2, 1, 128, back)
     monkeypatch.setattr("megarat.ops.kernels.gated_scan._tiles", lambda k: (tile, tile))
-    case = (1, 51, 1, 16, True, True, True, "mixed")
-    weights = [torch.randn(1, 51, 1, 16, device=DEVICE).double() for _ in range(2)]
+    case = (1, 27, 1, 16, True, True, True, "mixed")
+    weights = [torch.randn(1, 27, 1, 16, device=DEVICE).double() for _ in range(2)]
     weights += [torch.randn(1, 1, 16, device=DEVICE).double() for _ in range(2)]
     inputs = scan_inputs(case, torch.float32)
     found = run_scan(gated_scan, torch.float32, *inputs, weights, backend="triton")
@@ -189,9 +189,9 @@ ATTENTION_SMALL = [
     (1, 100, 1, 16, (1, 0, 0), False, False),
     (1, 100, 1, 16, (200, 0, 150), False, False),
     (1, 100, 1, 16, (3, 150, 40), False, False),
-    (2, 150, 1, 16, (4, 0, 9), True, True),
-    (2, 150, 1, 16, (5, 20, 7), False, True),
-    (2, 100, 1, 16, (1, 0, 0), False, True),
+    (1, 150, 1, 16, (4, 0, 9), True, True),
+    (2, 90, 1, 16, (5, 20, 7), False, True),
+    (1, 100, 1, 16, (1, 0, 0), False, True),
 ]
 ATTENTION_LARGE = [
     (2, 1000, 3, 128, (64, 0, 0), True, False),
@@ -233,9 +233,9 @@ def test_dilated_attention_and_all_its_gradients_match_float64(case, dtype):
 
 def test_scores_that_rise_from_tile_to_tile_are_carried_over():
     """Keys that grow along the sequence: each tile's largest score lies far above all before it, and far above the own one's."""
-    q, k, v = torch.randn(1, 200, 3, 1, 16, device=DEVICE).unbind(2)
-    k = k * torch.linspace(0.1, 60.0, 200, device=DEVICE)[None, :, None, None]
-    for pattern in ((2, 0, 0), (3, 50, 5)):
+    q, k, v = torch.randn(1, 110, 3, 1, 16, device=DEVICE).unbind(2)
+    k = k * torch.linspace(0.1, 60.0, 110, device=DEVICE)[None, :, None, None]
+    for pattern in ((1, 0, 0), (3, 50, 5)):
         out, lse = dilated_attention(q, k, v, pattern, return_lse=True, backend="triton")
         expected = dilated_attention_ref(q.double(), k.double(), v.double(), pattern)
         # scores of up to 500 are rounded by 2^-24 of themselves, and so are the weights, whose logarithms they are
@@ -350,7 +350,9 @@ def test_decoding_step_by_step_equals_the_full_forward_for_rows_of_different_len
 
 @pytest.mark.parametrize("used", ["both", "normal", "sum"])
 @pytest.mark.parametrize("dtype", [*DTYPES, (torch.float32, torch.float16)], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 16), (2, 5, 96), (3, 101, 640)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 16), (2, 5, 96), (1, 23, 640)] if INTERPRETED else [(1, 1, 16), (2, 5, 96), (3, 101, 640)], ids=str
+)
 def test_norm_behind_a_residual_sum_and_all_its_gradients_match_float64(shape, dtype, used):
     """In one dtype, or with an fp32 residual and the rest in fp16; with gradients reaching both outputs or only one."""
     residual_dtype, dtype = dtype if isinstance(dtype, tuple) else (dtype, dtype)
@@ -377,8 +379,10 @@ def test_norm_behind_a_residual_sum_and_all_its_gradients_match_float64(shape, d
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_norm_and_its_gradients_match_float64(dtype):
-    x, dy = torch.randn(2, 300, 80, device=DEVICE).to(dtype)
+def test_norm_and_its_gradients_match_float64(dtype, monkeypatch):
+    """Three programs with some seven rows each."""
+    monkeypatch.setattr("megarat.ops.kernels.rms_norm.BACKWARD", (3, 512, 1))
+    x, dy = torch.randn(2, 20, 80, device=DEVICE).to(dtype)
     weight = torch.randn(80, device=DEVICE).to(dtype)
 
     def run(wide, norm):
