@@ -7,6 +7,7 @@ import torch
 
 from megarat.engine import Engine
 from megarat.mesh import Shape
+from megarat.model.layers import RMSNorm
 from megarat.parallel import far_keys, invariance, worlds
 from megarat.parallel.context import ContextParallel
 from megarat.parallel.invariance import Case
@@ -86,7 +87,7 @@ def count_norms_on_every_tensor_rank(engine: Engine) -> None:
 def forget_to_sum_norm_weights_over_the_sequence(engine: Engine) -> None:
     """With sequence parallelism each rank keeps the gradient of its own tokens."""
     for module in engine.model.modules():
-        if hasattr(module, "eps"):
+        if isinstance(module, RMSNorm):
             object.__setattr__(module, "ranks", type(module.ranks)(module.ranks.group, sequence=False))
 
 
