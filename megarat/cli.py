@@ -1,6 +1,6 @@
 """The command line: verbs to functions, no logic. ``megarat --help`` imports nothing heavy.
 
-Exit codes: 0 done; 2 bad input (one message, no traceback); 75 stopped early on request with a good checkpoint.
+Exit codes: 0 done; 2 bad input (one message, no traceback); 70 a rank died or hung; 75 stopped early on request with a good checkpoint.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output, as in `| head`, has read enough. What the interpreter flushes at its end has to go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ToldByFirstRank:
         return EXIT_BAD_INPUT
     except UserError as error:

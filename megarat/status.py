@@ -74,7 +74,7 @@ class RunStatus:
     def _loss_notes(self) -> list[str]:
         recent = self.metrics[-_RECENT:]
         skipped = [line["pair"] for line in recent if line.get("skipped")]
-        notes = [f"pairs skipped for values that are not finite: {', '.join(map(str, skipped))}"] if skipped else []
+        notes = [f"pairs skipped for values that are not finite or for spikes: {', '.join(map(str, skipped))}"] if skipped else []
         losses = [line["loss_dense"] for line in recent if line.get("loss_dense") is not None]
         if len(losses) > 3 and losses[-1] > _SPIKE * statistics.median(losses):
             notes.append(f"the loss has jumped to {losses[-1]:.3f} (recent median {statistics.median(losses):.3f})")

@@ -15,7 +15,7 @@ import yaml
 
 import megarat
 from megarat import cli
-from megarat.errors import EXIT_BAD_INPUT, EXIT_STOPPED, StoppedEarly
+from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED, StoppedEarly
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -113,7 +113,7 @@ def test_eval_prints_a_table_and_writes_results(capsys, checkpoint, tmp_path):
 
 
 def test_a_stop_on_request_is_exit_code_75(capsys, config, monkeypatch):
-    def pretrain(_):
+    def pretrain(*_):
         raise StoppedEarly("stopped at pair 3")
 
     monkeypatch.setattr("megarat.train.loop.pretrain", pretrain)
@@ -121,12 +121,18 @@ def test_a_stop_on_request_is_exit_code_75(capsys, config, monkeypatch):
 
 
 def test_a_bug_keeps_its_traceback(config, monkeypatch):
-    def pretrain(_):
+    def pretrain(*_):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("megarat.train.loop.pretrain", pretrain)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["pretrain", str(config)])
+
+
+def test_a_reader_that_has_read_enough_is_no_error(checkpoint):
+    shown = f"{sys.executable} -m megarat checkpoint show {checkpoint} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shown], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (EXIT_OK, "")
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------------------

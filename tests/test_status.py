@@ -67,7 +67,7 @@ def test_a_jump_of_the_loss_skipped_pairs_and_a_bad_end_are_told(run):
     with (run / "slurm/history.jsonl").open("a") as file:
         file.write(json.dumps({"event": "end", "job": "5", "kind": "died", "pair": 6, "why": "died with exit code 1"}) + "\n")
     health = read(run).health
-    assert "pairs skipped for values that are not finite: 3" in health
+    assert "pairs skipped for values that are not finite or for spikes: 3" in health
     assert "the loss has jumped to 7.000 (recent median 4.000)" in health
     assert "the last start died with exit code 1" in health
 
