@@ -11,9 +11,9 @@ demo: $(VENV)/.installed
 	$(BIN)/megarat demo $(DEMO)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -rs -m "not gpu" $(TESTS)
+	$(BIN)/python -m pytest -rs -m "not gpu" --ignore=tests/slurm $(TESTS)
 
-# A part of the above, and skipped there with a reason where no Slurm can be started.
+# Apart from the others: real jobs that are stopped, killed and requeued, eight minutes of mostly waiting.
 test-slurm: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests/slurm $(TESTS)
 

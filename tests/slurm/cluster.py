@@ -27,6 +27,7 @@ from types import MappingProxyType
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "unshare")
 INSTALL = "apt-get install --no-install-recommends slurm-wlm munge slurm-wlm-basic-plugins"
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 CONF = """\
 ClusterName=tests
@@ -99,11 +100,13 @@ def reason_against() -> str | None:
 
 
 class Cluster:
-    """A running Slurm; ``environment`` is what its clients need."""
+    """A running Slurm; ``environment`` is that of its clients."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
-        self.environment = {"SLURM_CONF": str(base / "etc/slurm.conf"), "PATH": _path()}
+        # A job inherits the environment of whoever submits it, and this process may have started a mesh of one rank before.
+        inherited = {key: value for key, value in os.environ.items() if key not in _OF_A_RANK}
+        self.environment = {**inherited, "SLURM_CONF": str(base / "etc/slurm.conf"), "PATH": _path()}
 
     def start(self) -> None:
         """Start all daemons and wait until every node is idle."""
@@ -174,9 +177,7 @@ class Cluster:
 
     def command(self, *arguments: str, check: bool = True, changes: Mapping[str, str] = MappingProxyType({})) -> str:
         """Standard output of a Slurm command, with ``changes`` to its environment."""
-        done = subprocess.run(
-            arguments, env={**os.environ, **self.environment, **changes}, capture_output=True, text=True, timeout=120
-        )
+        done = subprocess.run(arguments, env={**self.environment, **changes}, capture_output=True, text=True, timeout=120)
         assert not check or done.returncode == 0, f"{arguments}: {done.stderr}"
         return done.stdout.strip()
 
@@ -199,7 +200,7 @@ class Cluster:
         return set(self.command("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).split())
 
     def _daemon(self, *arguments: str) -> None:
-        subprocess.run(arguments, env={**os.environ, **self.environment}, check=True, timeout=60, stdout=subprocess.DEVNULL)
+        subprocess.run(arguments, env=self.environment, check=True, timeout=60, stdout=subprocess.DEVNULL)
 
     def _write(self, name: str, content: bytes) -> Path:
         path = self.base / name

@@ -10,12 +10,8 @@ def cluster():
     """The virtual nodes of a real Slurm, started once; skipped with the reason where there can be none."""
     if reason := slurm.reason_against():
         pytest.skip(f"no Slurm here: {reason}")
-    with pytest.MonkeyPatch.context() as patch:
-        # A job inherits the environment of whoever submits it, and this process may have started a mesh of one rank before.
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            patch.delenv(name, raising=False)
-        with slurm.running() as running:
-            yield running
+    with slurm.running() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ def submit(cluster, base: Path, *arguments: str, check: bool = True) -> str:
     """Standard output and error of submit.py; the check of ranks together costs seconds a start, so not all have it."""
     options, dashes, rest = (list(arguments), [], []) if "--" not in arguments else _split(list(arguments))
     command = [sys.executable, str(ROOT / "slurm/submit.py"), *options, "--time=60:00", *dashes, *rest]
-    environment = {"MEGARAT_HEALTH": "node", **os.environ, **cluster.environment, "MEGARAT_RANK_WAIT": "20"}
+    environment = {"MEGARAT_HEALTH": "node", **cluster.environment, "MEGARAT_RANK_WAIT": "20"}
     done = subprocess.run(command, cwd=base, env=environment, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -181,7 +181,7 @@ def test_an_evaluation_stopped_and_killed_at_its_work_keeps_what_is_done(cluster
     assert 0 < done[0] < done[1] < done[2]
     printed = subprocess.run(
         [sys.executable, "-m", "megarat", "eval", str(runs.base / "pretrain"), "--out", str(runs.base / "again"), "--pattern", MANY[3]],
-        check=True, capture_output=True, text=True, cwd=ROOT,
+        check=True, capture_output=True, text=True, cwd=ROOT, env=cluster.environment,
     ).stdout  # fmt: skip
     results = json.loads((scores / "results.json").read_text())["tasks"]["ppl"]
     assert [row["pattern"] for row in results] == [f"{pattern},W=0,I=0" for pattern in MANY]
