@@ -49,10 +49,10 @@ def test_training_starts_from_the_parents_masters_under_the_new_pattern(parents,
         seen = {}
         original = loop.train_pair
 
-        def watch(engine, batches, sparse, dense, lr):
+        def watch(engine, batches, sparse, dense, *rest):
             seen.update(weights=engine.named_state()[0]["master"], steps=engine.named_state()[1], batches=batches)
             assert sparse is None and dense == settings.patterns
-            return original(engine, batches, sparse, dense, lr)
+            return original(engine, batches, sparse, dense, *rest)
 
         patch.setattr(loop, "train_pair", watch)
         adapt(settings, parents / precision)
