@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from megarat.model.flops import visible_pairs
+from megarat.model.pattern import Pattern
 from megarat.ops import (
     ScanState,
     add_rms_norm,
@@ -152,19 +154,11 @@ def recurrences_of_fla(k, v, g, grads: list[torch.Tensor] | None) -> dict[str, C
 # --- dilated attention --------------------------------------------------------------------------------------------------------
 
 
-def visible_pairs(length: int, pattern: tuple[int, int, int]) -> int:
-    """Exact number of visible (query, key) pairs of one head."""
-    dilation, window, initial = pattern
-    lo = (torch.arange(length) - window).clamp_min(0)
-    far = torch.minimum(lo, torch.tensor(initial)) + (lo // dilation - initial // dilation).clamp_min(0)
-    return int((far + torch.arange(length) - lo + 1).sum())
-
-
 def attention_case(
     batch: int, length: int, pattern: tuple[int, int, int], backward: bool, accept: float | None, aim: float | None
 ) -> Case:
     elements = batch * length * HEADS * CHANNELS
-    flop = 4.0 * CHANNELS * HEADS * batch * visible_pairs(length, pattern)
+    flop = 4.0 * CHANNELS * HEADS * batch * visible_pairs(Pattern(*pattern), length)
     label = pattern_label(pattern)
     name = f"dilated_attention {'backward' if backward else 'forward'}"
 

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.measure import ROOT
+from benchmarks.measure import ROOT, commit
+from benchmarks.tables import between
 
 DOCUMENT = ROOT / "docs" / "data.md"
 MARKERS = ("<!-- measured: begin -->", "<!-- measured: end -->")
@@ -373,16 +374,11 @@ def table(rows: list[Row], command: str) -> str:
     cores = len(os.sched_getaffinity(0))
     load = os.getloadavg()[1]
     head = (
-        f"`{command}`, commit {_commit()}, Python"
+        f"`{command}`, commit {commit()}, Python"
         f" {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}; {_processor()}, {cores} cores, load"
         f" {load:.1f} from other work and this:"
     )
     return "\n".join([head, "", "| what | measured |", "|---|---|", *(f"| {row.what} | {row.value} |" for row in rows)])
-
-
-def _commit() -> str:
-    asked = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or "unknown"
 
 
 def _processor() -> str:
@@ -392,9 +388,7 @@ def _processor() -> str:
 
 def write_table(text: str) -> None:
     """Puts the table between the markers of docs/data.md."""
-    content = DOCUMENT.read_text()
-    begin, end = (content.index(marker) for marker in MARKERS)
-    DOCUMENT.write_text(f"{content[: begin + len(MARKERS[0])]}\n{text}\n{content[end:]}")
+    DOCUMENT.write_text(between(DOCUMENT.read_text(), *MARKERS, text))
 
 
 def main() -> None:

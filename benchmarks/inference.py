@@ -14,7 +14,6 @@ Steps are timed by the wall clock, with everything the host does in them.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import gc
 import time
@@ -25,6 +24,7 @@ from statistics import median
 import torch
 
 from benchmarks.measure import ROOT, Ceilings, environment, measure_ceilings
+from benchmarks.tables import append, between, read
 from megarat.config import ModelConfig
 from megarat.eval.speed import NoText
 from megarat.infer.cache import SparseCache, cache_bytes
@@ -227,11 +227,7 @@ _TABLES: dict[str, tuple[str, str, Callable[[dict[str, str], float | None], str]
 
 def write_page(results: Path = CSV, target: Path = PAGE) -> None:
     """Put the tables between the marks of the page."""
-    with results.open(newline="") as file:
-        tables = page(list(csv.DictReader(file)))
-    text = target.read_text(encoding="utf-8")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    target.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
+    target.write_text(between(target.read_text(encoding="utf-8"), BEGIN, END, page(read(results))), encoding="utf-8")
 
 
 def main() -> None:
@@ -255,12 +251,7 @@ def main() -> None:
         start = time.perf_counter()
         row = case()
         print(f"{row} ({time.perf_counter() - start:.1f} s)", flush=True)
-        fresh = not arguments.results.exists()
-        with arguments.results.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if fresh:
-                writer.writeheader()
-            writer.writerow({**shared, **row})
+        append([{**shared, **row}], arguments.results, COLUMNS)
     write_page(arguments.results)
 
 

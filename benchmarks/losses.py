@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import commit, environment
-from benchmarks.train import append
+from benchmarks.tables import append
 from megarat.config import Config, from_dict
 from megarat.engine import Engine
 from megarat.mesh import start
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             "pairs": options.pairs, **compare(losses, first), "seconds": round(seconds, 1),
         }  # fmt: skip
         print(", ".join(f"{key} {row[key]}" for key in COLUMNS[6:]), flush=True)
-        append(row, options.results, COLUMNS)
+        append([row], options.results, COLUMNS)
         rows.append(row)
         if options.curves:
             with options.curves.open("a") as file:

@@ -15,7 +15,6 @@ the products of a training is equivalent to such changes of its weights.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import gc
 import json
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor, distributed
 
 from benchmarks.measure import ROOT, environment
+from benchmarks.tables import append
 from megarat import comm, plan
 from megarat.config import Config, from_dict
 from megarat.engine import MASTER, Engine
@@ -231,16 +231,6 @@ def _seconds(call: Callable[[], object], mesh: Mesh, count: int = 20) -> float:
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------------------
-
-
-def append(rows: list[dict[str, Any]], path: Path, columns: tuple[str, ...]) -> None:
-    """Add rows to a CSV file, with a head when it is new."""
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def stamp(device: torch.device) -> dict[str, str]:

@@ -8,9 +8,10 @@ is within the noise of bf16 when both are at most those of a run of one GPU whos
 
 from __future__ import annotations
 
-import csv
 import statistics
 from pathlib import Path
+
+from benchmarks.tables import between, latest, read
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 FOLDER = Path(__file__).parent
@@ -18,20 +19,10 @@ FOLDER = Path(__file__).parent
 
 def write(document: Path, results: Path, links: Path, training: Path = FOLDER / "train.csv") -> None:
     """Puts the tables between the marks of the document."""
-    before, _, rest = document.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    rows = latest(results, ("size", "run"))
+    rows = latest(read(results), "size", "run")
     tables = [*header(rows), *(line for size in sizes(rows) for line in size_lines(size, rows))]
     lines = [*tables, *scaling_lines(training), *link_lines(links)]
-    document.write_text("\n".join([before + BEGIN, *lines, END + after]))
-
-
-def latest(path: Path, key: tuple[str, ...]) -> list[dict[str, str]]:
-    """The last row of each key, in order of first appearance."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list({tuple(row[name] for name in key): row for row in csv.DictReader(file)}.values())
+    document.write_text(between(document.read_text(), BEGIN, END, "\n".join(lines)))
 
 
 def sizes(rows: list[dict[str, str]]) -> list[str]:
@@ -97,7 +88,7 @@ def noise_lines(rows: list[dict[str, str]], one: dict[str, str]) -> list[str]:
 
 def scaling_lines(path: Path) -> list[str]:
     """Several GPUs beside one at equal work a GPU, from runs of `benchmarks.train`."""
-    rows = latest(path, ("implementation", "size", "length", "micro_batch", "accumulation", "settings", "data", "mesh"))
+    rows = latest(read(path), "implementation", "size", "length", "micro_batch", "accumulation", "settings", "data", "mesh")
     alone = {_work(row): float(row["joint_tokens_s"]) for row in rows if row["gpus"] == "1"}
     shared = [row for row in rows if row["gpus"] != "1" and _work(row) in alone]
     if not shared:
@@ -124,7 +115,7 @@ def _work(row: dict[str, str]) -> tuple[str, ...]:
 
 def link_lines(path: Path) -> list[str]:
     """Rates of the collectives, one line a size."""
-    rows = latest(path, ("collective", "megabytes"))
+    rows = latest(read(path), "collective", "megabytes")
     if not rows:
         return []
     kinds = sorted({row["collective"] for row in rows})

@@ -6,27 +6,22 @@ included below the table.
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
+
+from benchmarks.tables import latest, read
 
 FOLDER = Path(__file__).parent
 
 
 def write_report(results: Path = FOLDER / "results.csv") -> None:
     """Writes README.md and roofline.png beside the results."""
-    rows = latest(results)
+    rows = latest(read(results), "op", "shape", "implementation")
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in rows:
         groups.setdefault((row["op"], row["shape"]), []).append(row)
     plot(rows, results.parent / "roofline.png")
     text = "\n".join([*header(rows), *(line for group in groups.values() for line in table_lines(group)), "", notes()])
     (results.parent / "README.md").write_text(text)
-
-
-def latest(results: Path) -> list[dict[str, str]]:
-    with results.open(newline="") as file:
-        by_key = {(row["op"], row["shape"], row["implementation"]): row for row in csv.DictReader(file)}
-    return list(by_key.values())
 
 
 def header(rows: list[dict[str, str]]) -> list[str]:

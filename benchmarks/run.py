@@ -7,7 +7,6 @@ benchmarks/results.csv, and benchmarks/README.md is made anew from the last row 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import gc
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 from benchmarks.cases import Case, all_cases
 from benchmarks.measure import Ceilings, environment, measure_ceilings, time_cuda
 from benchmarks.report import write_report
+from benchmarks.tables import append
 
 FOLDER = Path(__file__).parent
 COLUMNS = (
@@ -64,15 +64,6 @@ def extra_memory_gb(run: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
-def append(rows: list[dict[str, object]], path: Path) -> None:
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def wanted_cases(texts: list[str]) -> list[Case]:
     """Cases that contain one of the texts, those of the first text first."""
     names = {f"{case.op} {case.shape}": case for case in all_cases()}
@@ -97,7 +88,7 @@ def main() -> None:
     }  # fmt: skip
     print(", ".join(f"{key} {value}" for key, value in shared.items()))
     for case in wanted_cases(arguments.only):
-        append([{**shared, **row} for row in measure_case(case, ceilings, not arguments.no_peers)], arguments.results)
+        append([{**shared, **row} for row in measure_case(case, ceilings, not arguments.no_peers)], arguments.results, COLUMNS)
         gc.collect()
         torch.cuda.empty_cache()
     write_report(arguments.results)

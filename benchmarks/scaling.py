@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import between
 from megarat import plan, rates
 from megarat.config import from_dict
 
@@ -101,16 +102,7 @@ def _off(calculated: float, measured: float) -> str:
 def document(text: str) -> str:
     """docs/scaling.md with its tables written anew."""
     for name, lines in {"calculated": calculated(), "measured": compared()}.items():
-        before, _, rest = text.partition(f"<!-- {name}: begin -->\n")
-        text = "".join(
-            [
-                before,
-                f"<!-- {name}: begin -->\n",
-                *(f"{line}\n" for line in lines),
-                f"<!-- {name}: end -->",
-                rest.partition(f"<!-- {name}: end -->")[2],
-            ]
-        )
+        text = between(text, f"<!-- {name}: begin -->", f"<!-- {name}: end -->", "\n".join(lines))
     return text
 
 

@@ -12,7 +12,6 @@ Any key of a run's config can be set: `--set parallel.recompute=selective`.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import os
 import statistics
@@ -29,6 +28,7 @@ from torch import Tensor
 from benchmarks.measure import Ceilings, environment, measure_ceilings
 from benchmarks.phases import Stopwatch
 from benchmarks.profile import profile_rows
+from benchmarks.tables import append
 from megarat.config import Config, from_dict
 from megarat.data.format import Piece, ShardWriter, TokenizerInfo, token_dtype
 from megarat.model.flops import pair_flops_per_token, parameter_count, peak_flops, training_flops_per_token
@@ -216,15 +216,6 @@ def figures(
     return row | {"loss_sparse": sparse and round(sparse.loss, 5), "loss_dense": dense and round(dense.loss, 5)}
 
 
-def append(row: dict[str, Any], path: Path, columns: tuple[str, ...]) -> None:
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def describe(row: dict[str, Any], config: Config, ceilings: Ceilings | None) -> str:
     """The result in a few lines for people."""
     length = config.data.sequence_length
@@ -316,10 +307,10 @@ def _measure(options: argparse.Namespace, folder: str, began: float) -> dict[str
     if ceilings is not None:
         row |= {"copy_tb_s": round(ceilings.bytes_per_s / 1e12, 3), "matmul_tflop_s": round(ceilings.flop_per_s / 1e12, 1)}
     print(describe(row, config, ceilings), flush=True)
-    append(row, options.results, COLUMNS)
+    append([row], options.results, COLUMNS)
     for kernel_row in kernels:
         print("   ", *(f"{kernel_row[key]!s:>24}" for key in ("class", "ms", "percent", "kernels")), flush=True)
-        append({key: row.get(key) for key in PROFILE_COLUMNS if key in row} | kernel_row, options.profiles, PROFILE_COLUMNS)
+        append([{key: row.get(key) for key in PROFILE_COLUMNS if key in row} | kernel_row], options.profiles, PROFILE_COLUMNS)
     return row
 
 

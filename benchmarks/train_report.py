@@ -6,30 +6,13 @@ counts.
 
 from __future__ import annotations
 
-import csv
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.tables import Row, between, latest, read
+
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "performance.md"
-Row = dict[str, str]
-
-
-def read(name: str) -> list[Row]:
-    path = FOLDER / name
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def latest(rows: Iterable[Row], *keys: str) -> list[Row]:
-    """The last row of each combination of keys, in order of first appearance."""
-    found: dict[tuple[str, ...], Row] = {}
-    for row in rows:
-        found[tuple(row[key] for key in keys)] = row
-    return list(found.values())
 
 
 def table(columns: str, lines: Iterable[Iterable[object]]) -> str:
@@ -59,7 +42,7 @@ def scaling(row: Row, rows: list[Row]) -> str:
 def speed() -> str:
     """Every setting once."""
     rows = sorted(
-        latest(read("train.csv"), *SETTING),
+        latest(read(FOLDER / "train.csv"), *SETTING),
         key=lambda r: (r["size"], int(r["length"]), int(r["gpus"]), r["implementation"], r["settings"]),
     )
     lines = (
@@ -77,7 +60,7 @@ def speed() -> str:
 
 def levers() -> str:
     """Each setting beside the default of the same size, micro-batch and number of GPUs."""
-    rows = [row for row in latest(read("train.csv"), *SETTING) if row["implementation"] == "megarat"]
+    rows = [row for row in latest(read(FOLDER / "train.csv"), *SETTING) if row["implementation"] == "megarat"]
     lines = []
     for row in rows:
         if not row["settings"]:
@@ -101,7 +84,7 @@ def levers() -> str:
 def profile() -> str:
     """GPU time by class of kernel of the last profile of each setting, in percent."""
     runs: dict[tuple[str, ...], list[Row]] = {}
-    for row in read("profile.csv"):
+    for row in read(FOLDER / "profile.csv"):
         if not row["class"].startswith("kernel:"):
             runs.setdefault(
                 tuple(row[key] for key in ("implementation", "size", "settings", "micro_batch", "time", "commit")), []
@@ -119,7 +102,7 @@ def profile() -> str:
 
 def losses() -> str:
     """The arms of each comparison."""
-    rows = latest(read("losses.csv"), "gpu", "arm", "pairs", "layers", "hidden", "batch")
+    rows = latest(read(FOLDER / "losses.csv"), "gpu", "arm", "pairs", "layers", "hidden", "batch")
     lines = (
         (
             r["arm"], f"{r['gpu']}, {r['layers']} x {r['hidden']}, {r['batch']} x {r['length']}", r["pairs"], r["loss_sparse"], r["loss_dense"],
@@ -137,15 +120,15 @@ def machines() -> str:
     """What the figures were measured on."""
     keys = ("gpu", "driver", "torch", "triton", "deepspeed")
     return "; ".join(
-        " ".join(f"{key} {row[key]}" if key != "gpu" else row[key] for key in keys) for row in latest(read("train.csv"), *keys)
+        " ".join(f"{key} {row[key]}" if key != "gpu" else row[key] for key in keys)
+        for row in latest(read(FOLDER / "train.csv"), *keys)
     )
 
 
 def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for name, make in (("speed", speed), ("levers", levers), ("profile", profile), ("losses", losses), ("machines", machines)):
-        block = f"<!-- {name} -->\n{make()}\n<!-- end -->"
-        text = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.DOTALL)
+        text = between(text, f"<!-- {name} -->", "<!-- end -->", make())
     PAGE.write_text(text, encoding="utf-8")
 
 

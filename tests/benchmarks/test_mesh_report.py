@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.mesh import COLUMNS, append
+from benchmarks.mesh import COLUMNS
 from benchmarks.mesh_report import BEGIN, END, distance, write
+from benchmarks.tables import append
 
 
 def row(run: str, gpus: int, speed: float, sparse: str, dense: str) -> dict[str, object]:
