@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megarat.data.format import TokenArray
-from megarat.data.plan import Plan, SequentialPlan
+from megarat.data.plan import Plan
 from megarat.data.reader import Reader
 from megarat.errors import UserError
 
@@ -152,30 +152,6 @@ def _put(ready: queue.Queue[PairBatch | BaseException], item: PairBatch | BaseEx
         except queue.Full:
             continue
     return None
-
-
-def evaluation_batches(
-    reader: Reader, sequence_length: int, micro_batch: int, limit_tokens: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The stream in order, in sequences of T tokens that do not overlap; the last micro-batch may be smaller.
-
-    Args:
-        reader: the held-out corpus.
-        sequence_length: T.
-        micro_batch: sequences at a time.
-        limit_tokens: stop before more than this many input tokens, though not before the first sequence; None = the whole corpus
-            but its tail shorter than T + 1 tokens.
-
-    Raises:
-        UserError: the corpus is shorter than one sequence.
-    """
-    plan = SequentialPlan(reader.num_tokens, sequence_length)
-    samples = plan.samples_per_epoch
-    if limit_tokens is not None:
-        samples = min(samples, max(1, limit_tokens // sequence_length))
-    for first in range(0, samples, micro_batch):
-        positions = np.arange(first, min(first + micro_batch, samples))
-        yield to_micro_batch(read_samples(reader, plan, positions), reader.eos_id)
 
 
 def read_samples(reader: Reader, plan: Plan, positions: np.ndarray) -> TokenArray:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from corpora import EOS, Corpus
 
-from megarat.data.loader import Loader, PairBatch, chain, evaluation_batches
+from megarat.data.loader import Loader, PairBatch, chain
 from megarat.data.plan import RandomOffsetPlan, SequentialPlan, ShuffledPlan
 from megarat.data.reader import TokenReader
 from megarat.errors import UserError
+from megarat.eval.perplexity import HeldOut
 
 T = 16
 GLOBAL_BATCH = 24
@@ -115,17 +116,22 @@ def test_closing_the_iterator_ends_its_thread_even_when_the_queue_is_full(corpus
 def test_evaluation_reads_the_stream_in_order_up_to_its_limit(corpus: Corpus) -> None:
     reader = TokenReader(corpus.folder)
     samples = (len(corpus.stream) - 1) // T
-    batches = list(evaluation_batches(reader, T, 5))
+    batches = held_out_batches(HeldOut(reader, T, None), 5)
     inputs = torch.cat([inputs for inputs, _ in batches]).flatten()
     assert np.array_equal(inputs.numpy(), corpus.stream[: samples * T])
     assert all(len(inputs) == 5 for inputs, _ in batches[:-1])
     for limit, expected in ((7 * T, 7), (7 * T + T - 1, 7), (1, 1), (10**9, samples)):
-        assert sum(len(inputs) for inputs, _ in evaluation_batches(reader, T, 5, limit)) == expected
+        assert sum(len(inputs) for inputs, _ in held_out_batches(HeldOut(reader, T, limit), 5)) == expected
+
+
+def held_out_batches(corpus: HeldOut, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """All of it, in batches of ``size`` sequences."""
+    return [corpus.batch(range(first, min(first + size, corpus.sequences))) for first in range(0, corpus.sequences, size)]
 
 
 def test_evaluation_refuses_a_corpus_shorter_than_a_sequence(corpus: Corpus) -> None:
     with pytest.raises(UserError, match="shorter than one sequence"):
-        next(evaluation_batches(TokenReader(corpus.folder), 10**6, 1))
+        HeldOut(TokenReader(corpus.folder), 10**6, None)
 
 
 def test_a_global_batch_that_does_not_divide_is_refused(corpus: Corpus) -> None:
