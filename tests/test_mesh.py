@@ -210,7 +210,7 @@ MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ
 def test_two_processes_find_each_other(launcher):
     environment = {name: value for name, value in os.environ.items() if name not in mesh._LAUNCHERS["torchrun"]}
     done = subprocess.run(
-        [*launcher, sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=False, env=environment
+        [*launcher, sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2:3", "2:3"]

@@ -25,7 +25,7 @@ class WorldFailed(Exception):
     """A rank raised, died or did not end in time; the message has every rank's end."""
 
 
-def run(size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
+def run(size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 600.0) -> list[Any]:
     """Call ``function(*arguments)`` on each of ``size`` ranks, started as by torchrun; returns what the ranks returned, in rank order.
 
     Function and arguments are pickled: a function must be importable by name. Raises ``WorldFailed``.

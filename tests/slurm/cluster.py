@@ -177,7 +177,7 @@ class Cluster:
 
     def command(self, *arguments: str, check: bool = True, changes: Mapping[str, str] = MappingProxyType({})) -> str:
         """Standard output of a Slurm command, with ``changes`` to its environment."""
-        done = subprocess.run(arguments, env={**self.environment, **changes}, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(arguments, env={**self.environment, **changes}, capture_output=True, text=True, timeout=300)
         assert not check or done.returncode == 0, f"{arguments}: {done.stderr}"
         return done.stdout.strip()
 
