@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-# The first match counts. A kernel is told by its own name; where those are alike (`_forward_kernel`), by the operation that launched it.
+# The first match of a kernel's name counts.
 CLASSES = (
-    ("attention", r"sdpa|flash|fmha|DilatedAttention|_queries_kernel|_keys_kernel|_add_far_kernel|flex_attention|attention"),
-    ("scan", r"GatedScan|associative_scan|_scan"),
+    ("attention", r"sdpa|flash|fmha|attention|^_decode_"),
+    ("scan", r"_scan"),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|splitK|_scaled_mm|gemv"),
     ("optimizer", r"FusedAdam|fused_adam|FusedOptimizer|multi_tensor|foreach|lpnorm|norm_kernel|NormOps|clip"),
     ("communication", r"nccl"),
@@ -28,13 +28,10 @@ class Kernel(NamedTuple):
     end: float
 
 
-def kernel_class(name: str, operation: str) -> str:
+def kernel_class(name: str) -> str:
     """The class of a kernel; what no rule knows is elementwise (norms, GELU, rotary, gates, residual sums, cross entropy)."""
-    ours = name.startswith("_")
-    for label, rule in CLASSES:
-        if re.search(rule, name, re.IGNORECASE) or (ours and re.search(rule, operation)):
-            return label
-    return "elementwise"
+    matching = (label for label, rule in CLASSES if re.search(rule, name, re.IGNORECASE))
+    return next(matching, "elementwise")
 
 
 def summary(kernels: Iterable[Kernel]) -> list[dict[str, Any]]:
@@ -47,7 +44,7 @@ def summary(kernels: Iterable[Kernel]) -> list[dict[str, Any]]:
     for kernel in ordered:
         alone = max(0.0, kernel.end - max(kernel.begin, reached))  # overlapping kernels share the time: the first one counts
         busy, reached = busy + alone, max(reached, kernel.end)
-        entry = totals.setdefault(kernel_class(kernel.name, kernel.operation), [0.0, 0])
+        entry = totals.setdefault(kernel_class(kernel.name), [0.0, 0])
         entry[0] += alone
         entry[1] += 1
     span = reached - ordered[0].begin
@@ -96,7 +93,7 @@ def longest(kernels: Iterable[Kernel], count: int = 25) -> list[dict[str, Any]]:
     ranked = sorted(totals.items(), key=lambda item: -item[1][0])[:count]
     return [
         {
-            "class": f"kernel: {kernel_class(name, operation)}: {name[:90]} < {operation[:40]}", "ms": round(time / 1e3, 2),
+            "class": f"kernel: {kernel_class(name)}: {name[:90]} < {operation[:40]}", "ms": round(time / 1e3, 2),
             "percent": round(100 * time / everything, 1), "kernels": int(calls),
         }
         for (name, operation), (time, calls) in ranked

@@ -62,8 +62,8 @@ def test_a_row_is_written(mesh, tmp_path, data):
 def test_kernels_are_put_into_classes_and_gaps_are_what_is_left():
     kernels = [
         Kernel("nvjet_tst_192x192_64x4", "aten::mm", 0.0, 50.0),
-        Kernel("_forward_kernel", "GatedScan", 50.0, 60.0),
-        Kernel("_forward_kernel", "RMSNorm", 55.0, 65.0),  # 5 of its 10 us beside the scan
+        Kernel("_gated_scan_forward_kernel", "GatedScan", 50.0, 60.0),
+        Kernel("_rms_norm_forward_kernel", "RMSNorm", 55.0, 65.0),  # 5 of its 10 us beside the scan
         Kernel("cudnn_generated_fort_native_sdpa_sm90_flash_bprop", "aten::x", 85.0, 100.0),
     ]
     rows = {row["class"]: (row["percent"], row["kernels"]) for row in summary(kernels)}

@@ -43,7 +43,7 @@ def _row_gradient(row_ptr, entries, log_sum, local, weight, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _statistics_kernel(
+def _cross_entropy_statistics_kernel(
     logits_ptr, labels_ptr, weights_ptr, largest_ptr, sum_ptr, target_ptr, entries, vocab_start,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +62,7 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _gradient_kernel(
+def _cross_entropy_gradient_kernel(
     logits_ptr, labels_ptr, weights_ptr, largest_ptr, sum_ptr, entries, vocab_start, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -77,7 +77,7 @@ def row_statistics(
     """(largest, sum_exp, target) of every row, (n,) fp32. With weights, the logits also become their gradient, in place."""
     rows, entries = logits_nV.shape
     largest_n, sum_n, target_n = torch.empty(3, rows, dtype=torch.float32, device=logits_nV.device)
-    _statistics_kernel[(rows,)](
+    _cross_entropy_statistics_kernel[(rows,)](
         logits_nV, labels_n, largest_n if weights_n is None else weights_n, largest_n, sum_n, target_n, entries, vocab_start,
         GRADIENT=weights_n is not None, BLOCK=min(BLOCK, triton.next_power_of_2(entries)), num_warps=WARPS,
     )  # fmt: skip
@@ -89,7 +89,7 @@ def logit_gradient_(
 ) -> None:
     """Turns logits into their gradient, in place, by statistics of the whole vocabulary."""
     rows, entries = logits_nV.shape
-    _gradient_kernel[(rows,)](
+    _cross_entropy_gradient_kernel[(rows,)](
         logits_nV, labels_n, weights_n, largest_n, sum_n, entries, vocab_start,
         BLOCK=min(BLOCK, triton.next_power_of_2(entries)), num_warps=WARPS,
     )  # fmt: skip

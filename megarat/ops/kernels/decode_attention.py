@@ -49,7 +49,7 @@ def _write_cache(
 
 
 @triton.jit
-def _step_kernel(
+def _decode_step_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, gate_ptr, cos_ptr, sin_ptr, state_k_ptr, state_v_ptr, k_cache_ptr, v_cache_ptr, lengths_ptr,
     out_ptr, part_ptr, H, S, dilation, window, initial, scale, q_b, k_b, v_b, g_b, gate_b, splits,
     K: tl.constexpr, R: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr,
@@ -129,7 +129,7 @@ def _step_kernel(
 
 
 @triton.jit
-def _combine_kernel(
+def _decode_combine_kernel(
     gate_ptr, cos_ptr, sin_ptr, state_k_ptr, state_v_ptr, k_cache_ptr, v_cache_ptr, lengths_ptr, out_ptr, part_ptr,
     H, S, dilation, window, initial, gate_b, splits, K: tl.constexpr, R: tl.constexpr, P: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
@@ -187,13 +187,13 @@ def launch_step(
         "gate_b": gate.stride(0), "splits": splits, "K": channels, "R": channels // 2, "GATED": gate_BHK is not None,
     }  # fmt: skip
     caches = (k_cache_BHSK, v_cache_BHSK, lengths_B)
-    _step_kernel[(batch * heads, splits)](
+    _decode_step_kernel[(batch * heads, splits)](
         q_BHK, k_BHK, v_BHK, g_BHK, gate, cos_TR, sin_TR, *state, *caches, out_BHK, parts, scale=scale * LOG2E,
         q_b=q_BHK.stride(0), k_b=k_BHK.stride(0), v_b=v_BHK.stride(0), g_b=g_BHK.stride(0),
         N=tile, STAGES=stages, SPLIT=splits > 1, num_warps=warps, **shared,
     )  # fmt: skip
     if splits > 1:
-        _combine_kernel[(batch * heads,)](
+        _decode_combine_kernel[(batch * heads,)](
             gate, cos_TR, sin_TR, *state, *caches, out_BHK, parts, P=triton.next_power_of_2(splits), num_warps=4, **shared
         )
     return out_BHK

@@ -139,7 +139,7 @@ def _load_keys(k_ptr, v_ptr, j_N, T, k_t, v_t, K: tl.constexpr, WIDE: tl.constex
 
 
 @triton.jit
-def _forward_kernel(
+def _dilated_attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, gate_ptr, starts_ptr, out_ptr, lse_ptr, T, H, dilation, window, initial, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, gate_b, gate_t, gate_h,
     K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -188,7 +188,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _queries_kernel(
+def _dilated_attention_queries_kernel(
     q_ptr, k_ptr, v_ptr, gate_ptr, starts_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr,
     dq_ptr, dk_ptr, dv_ptr, dgate_ptr, open_dout_ptr, delta_ptr, T, H, dilation, window, initial, scale, plain_scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, gate_b, gate_t, gate_h,
@@ -252,7 +252,7 @@ def _queries_kernel(
 
 
 @triton.jit
-def _keys_kernel(
+def _dilated_attention_keys_kernel(
     q_ptr, k_ptr, v_ptr, starts_ptr, ends_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     T, H, keys, dilation, window, initial, scale, plain_scale, stretch, split_stride,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dout_b, dout_t, dout_h,
@@ -319,7 +319,7 @@ def _keys_kernel(
 
 
 @triton.jit
-def _add_far_kernel(
+def _dilated_attention_far_kernel(
     dk_ptr, dv_ptr, dk_parts_ptr, dv_parts_ptr, T, F, C, dilation, initial, splits, split_stride, BLOCK: tl.constexpr
 ):  # fmt: skip
     """dk, dv at the far positions += the sum of their partial gradients, in one fixed order."""
@@ -387,7 +387,7 @@ def attention_forward(
     out_BTHK = torch.empty(q_BTHK.shape, dtype=q_BTHK.dtype, device=q_BTHK.device)
     lse_BHT = torch.empty(batch, heads, length, dtype=torch.float32, device=q_BTHK.device)
     gate = q_BTHK if gate_BTHK is None else gate_BTHK
-    _forward_kernel[(triton.cdiv(length, tile[0]), batch * heads)](
+    _dilated_attention_forward_kernel[(triton.cdiv(length, tile[0]), batch * heads)](
         q_BTHK, k_BTHK, v_BTHK, gate, lse_BHT if starts_BT is None else starts_BT, out_BTHK, lse_BHT, length, heads,
         **_pattern_arguments(pattern), scale=scale * LOG2E, **_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, gate=gate),
         K=channels, WINDOWED=pattern[1] > 0, GATED=gate_BTHK is not None, DOCUMENTS=starts_BT is not None,
@@ -419,7 +419,7 @@ def attention_backward(
     delta_BHT = torch.empty_like(lse_BHT)
     shared = {**_pattern_arguments(pattern), "scale": scale * LOG2E, "plain_scale": scale}
     documents = {"DOCUMENTS": starts_BT is not None, "WIDE": _is_wide(q_BTHK, k_BTHK, v_BTHK, open_dout)}
-    _queries_kernel[(triton.cdiv(length, tile[0]), batch * heads)](
+    _dilated_attention_queries_kernel[(triton.cdiv(length, tile[0]), batch * heads)](
         q_BTHK, k_BTHK, v_BTHK, gate, lse_BHT if starts_BT is None else starts_BT, out_BTHK, lse_BHT, dout_BTHK,
         lse_BHT if dlse_BHT is None else dlse_BHT, dq, dk, dv, dgate, open_dout, delta_BHT, length, heads, **shared,
         **_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, gate=gate, dout=dout_BTHK),
@@ -428,7 +428,7 @@ def attention_backward(
     options = {"K": channels, **documents, **_tile_options(FP32_TILE if q_BTHK.dtype == torch.float32 else KEY_TILE)}
     bounds = (lse_BHT, lse_BHT) if starts_BT is None else (starts_BT, _document_ends(starts_BT))
     if pattern[1] > 0:
-        _keys_kernel[(triton.cdiv(length, options["N"]), batch * heads, 1)](
+        _dilated_attention_keys_kernel[(triton.cdiv(length, options["N"]), batch * heads, 1)](
             q_BTHK, k_BTHK, v_BTHK, *bounds, open_dout, lse_BHT, delta_BHT, dk, dv, length, heads, length, **shared,
             stretch=length, split_stride=0, **_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, dout=open_dout),
             FAR=False, **options,
@@ -469,13 +469,13 @@ def _add_far_gradient(
     stretch = triton.cdiv(triton.cdiv(length, splits), options["M"]) * options["M"]
     parts = torch.empty(2, splits, batch, far, heads, channels, dtype=torch.float32, device=q_BTHK.device)
     split_stride = parts.stride(1)
-    _keys_kernel[(tiles, batch * heads, splits)](
+    _dilated_attention_keys_kernel[(tiles, batch * heads, splits)](
         q_BTHK, k_BTHK, v_BTHK, *bounds, dout_BTHK, lse_BHT, delta_BHT, parts[0], parts[1], length, heads, far, **shared,
         stretch=stretch, split_stride=split_stride, **_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, dout=dout_BTHK),
         FAR=True, **options,
     )  # fmt: skip
     block = min(1024, triton.next_power_of_2(heads * channels))
-    _add_far_kernel[(far, batch, triton.cdiv(heads * channels, block))](
+    _dilated_attention_far_kernel[(far, batch, triton.cdiv(heads * channels, block))](
         dk, dv, parts[0], parts[1], length, far, heads * channels, shared["dilation"], shared["initial"], splits, split_stride,
         BLOCK=block, num_warps=4,
     )  # fmt: skip

@@ -13,7 +13,7 @@ TILE_ROWS, TILE_COLUMNS = 128, 128
 
 
 @triton.jit
-def _quantise_kernel(
+def _fp8_quantise_kernel(
     x_ptr, largest_ptr, rows_ptr, columns_ptr, scale_ptr, M, N, x_m, smallest,
     LIMIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +43,7 @@ def quantise(
     columns_NM = torch.empty(n, m, dtype=dtype, device=x_MN.device) if columns else None
     scale = torch.empty((), dtype=torch.float32, device=x_MN.device)
     written = rows_MN if rows_MN is not None else columns_NM
-    _quantise_kernel[(triton.cdiv(m, TILE_ROWS), triton.cdiv(n, TILE_COLUMNS))](
+    _fp8_quantise_kernel[(triton.cdiv(m, TILE_ROWS), triton.cdiv(n, TILE_COLUMNS))](
         x_MN, largest, written if rows_MN is None else rows_MN, written if columns_NM is None else columns_NM, scale, m, n, x_MN.stride(0),
         smallest, LIMIT=torch.finfo(dtype).max, ROWS=rows, COLUMNS=columns, BM=TILE_ROWS, BN=TILE_COLUMNS, num_warps=8,
     )  # fmt: skip

@@ -131,7 +131,7 @@ def _publish_map(
 
 
 @triton.jit
-def _empty_chain_kernel(chain_ptr, k_ptr, v_ptr, stream, size, GIVEN: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_scan_chain_kernel(chain_ptr, k_ptr, v_ptr, stream, size, GIVEN: tl.constexpr, BLOCK: tl.constexpr):
     """Fills the chain: the first state (zeros unless GIVEN), then EMPTY."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if GIVEN:
@@ -210,7 +210,7 @@ def _load_tables(cos_ptr, sin_ptr, offs_SC, t_S, T, R, L: tl.constexpr, ROTATE: 
 
 
 @triton.jit
-def _forward_kernel(
+def _gated_scan_forward_kernel(
     k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, k_out_ptr, v_out_ptr, chain_ptr, maps_ptr, saved_ptr,
     B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, table_b,
     R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, BACK: tl.constexpr, POLL: tl.constexpr, PACK: tl.constexpr,
@@ -335,7 +335,7 @@ def _store_gradients(
 
 
 @triton.jit
-def _backward_kernel(
+def _gated_scan_backward_kernel(
     k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, dk_out_ptr, dv_out_ptr, saved_ptr, chain_ptr, maps_ptr, dk_ptr, dv_ptr, dg_ptr,
     B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, table_b, blocks,
     R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, BACK: tl.constexpr, POLL: tl.constexpr, PACK: tl.constexpr,
@@ -434,7 +434,7 @@ def _new_chain(blocks: int, back: int, like_BTHK: Tensor, first: tuple[Tensor, T
     sizes = 2 * stream * (blocks + 1), 3 * stream * blocks if back > 1 else 0
     bits = torch.empty(sum(sizes), dtype=torch.int32, device=like_BTHK.device)
     first_k, first_v = (bits, bits) if first is None else (x.contiguous().view(torch.int32) for x in first)
-    _empty_chain_kernel[(triton.cdiv(sum(sizes), 4096),)](
+    _gated_scan_chain_kernel[(triton.cdiv(sum(sizes), 4096),)](
         bits, first_k, first_v, stream, sum(sizes), GIVEN=first is not None, BLOCK=4096, num_warps=4
     )
     chain, maps = bits.view(torch.float32).split(sizes)
@@ -490,7 +490,7 @@ def scan_forward(
     save_steps = segments * steps if save else 0
     saved = chain.new_empty(triton.cdiv(length, save_steps), *chain.shape[1:]) if save else None
     cos, sin, table_b = _table_arguments(cos, sin, k_BTHK)
-    _forward_kernel[grid](
+    _gated_scan_forward_kernel[grid](
         k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, k_out, v_out, chain, maps,
         chain if saved is None else saved, batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK), table_b,
         SAVE_STEPS=save_steps, ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **options,
@@ -517,7 +517,7 @@ def scan_backward(
     dk, dv, dg = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k_BTHK, v_BTHK, g_BTHK))
     chain, maps = _new_chain(blocks, tile[-1], k_BTHK, dlast)
     cos, sin, table_b = _table_arguments(cos, sin, k_BTHK)
-    _backward_kernel[grid](
+    _gated_scan_backward_kernel[grid](
         k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, dk_out_BTHK, dv_out_BTHK, saved,
         chain, maps, dk, dv, dg,
         batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK, dk_out_BTHK, dv_out_BTHK), table_b, blocks,

@@ -13,7 +13,7 @@ BLOCK, WARPS = 2048, 4
 
 
 @triton.jit
-def _kernel(x_ptr, dy_ptr, y_ptr, dx_ptr, count, BLOCK: tl.constexpr):
+def _gelu_and_gradient_kernel(x_ptr, dy_ptr, y_ptr, dx_ptr, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < count, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + at, mask=at < count, other=0.0).to(tl.float32)
@@ -26,5 +26,5 @@ def _kernel(x_ptr, dy_ptr, y_ptr, dx_ptr, count, BLOCK: tl.constexpr):
 def launch(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """(gelu(x), dy gelu'(x)); both inputs are contiguous."""
     y, dx = torch.empty_like(x), torch.empty_like(x)
-    _kernel[(triton.cdiv(x.numel(), BLOCK),)](x, dy, y, dx, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
+    _gelu_and_gradient_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, dy, y, dx, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
     return y, dx

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 
 @triton.jit
-def _forward_kernel(x_ptr, gate_ptr, out_ptr, T, C, gate_b, gate_t, gate_h, K: tl.constexpr, BLOCK: tl.constexpr):
+def _output_gate_forward_kernel(x_ptr, gate_ptr, out_ptr, T, C, gate_b, gate_t, gate_h, K: tl.constexpr, BLOCK: tl.constexpr):
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     gate_ptr += (row // T) * gate_b + (row % T) * gate_t
     gate = tl.load(gate_ptr + (c // K) * gate_h + c % K, mask=c < C, other=0.0).to(tl.float32)
@@ -23,7 +23,7 @@ def _forward_kernel(x_ptr, gate_ptr, out_ptr, T, C, gate_b, gate_t, gate_h, K: t
 
 
 @triton.jit
-def _backward_kernel(
+def _output_gate_backward_kernel(
     x_ptr, gate_ptr, dout_ptr, dx_ptr, dgate_ptr, T, C, gate_b, gate_t, gate_h, K: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -55,7 +55,7 @@ class OutputGate(torch.autograd.Function):
         x_BTHK = x_BTHK.contiguous()
         out_BTHK = torch.empty_like(x_BTHK)
         grid, arguments = _launch_arguments(gate_BTHK)
-        _forward_kernel[grid](x_BTHK, gate_BTHK, out_BTHK, **arguments)
+        _output_gate_forward_kernel[grid](x_BTHK, gate_BTHK, out_BTHK, **arguments)
         ctx.save_for_backward(x_BTHK, gate_BTHK)
         return out_BTHK
 
@@ -67,5 +67,5 @@ class OutputGate(torch.autograd.Function):
         dx = torch.empty_like(x_BTHK)
         dgate = torch.empty(gate_BTHK.shape, dtype=gate_BTHK.dtype, device=gate_BTHK.device)
         grid, arguments = _launch_arguments(gate_BTHK)
-        _backward_kernel[grid](x_BTHK, gate_BTHK, dout_BTHK.contiguous(), dx, dgate, **arguments)
+        _output_gate_backward_kernel[grid](x_BTHK, gate_BTHK, dout_BTHK.contiguous(), dx, dgate, **arguments)
         return dx, dgate

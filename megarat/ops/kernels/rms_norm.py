@@ -21,7 +21,7 @@ BACKWARD = (264, 512, 1)
 
 
 @triton.jit
-def _forward_kernel(
+def _rms_norm_forward_kernel(
     x_ptr, branch_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr, C, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -39,7 +39,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _rms_norm_backward_kernel(
     x_ptr, weight_ptr, rstd_ptr, dy_ptr, dsum_ptr, dx_ptr, dbranch_ptr, dweight_ptr, rows, C,
     HAS_DSUM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ def norm_backward(
     split = branch_dtype is not None and branch_dtype != total.dtype
     dbranch = torch.empty_like(total, dtype=branch_dtype) if split else dx
     dweight = torch.empty(programs, channels, dtype=torch.float32, device=total.device)
-    _backward_kernel[(programs,)](
+    _rms_norm_backward_kernel[(programs,)](
         total, weight_C, rstd, dy.contiguous(), dy if dtotal is None else dtotal.contiguous(), dx, dbranch, dweight, rows, channels,
         HAS_DSUM=dtotal is not None, SPLIT=split, STAGES=stages, **_launch_options(channels, channels_a_warp),
     )  # fmt: skip
@@ -100,7 +100,7 @@ class RMSNorm(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
         total = x if branch is None else torch.empty_like(x)
         rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-        _forward_kernel[(rows,)](
+        _rms_norm_forward_kernel[(rows,)](
             x, x if branch is None else branch, weight_C, y, total, rstd, channels, eps, ADD=branch is not None,
             **_launch_options(channels),
         )  # fmt: skip
