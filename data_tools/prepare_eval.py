@@ -75,7 +75,7 @@ def read_passages(content: bytes) -> Iterator[Row]:
 
 
 def _requests(content: bytes) -> Iterator[Row]:
-    for line in gzip.decompress(content).decode("utf-8").splitlines():
+    for line in gzip.decompress(content).splitlines():  # of bytes: a line of JSON may hold what text counts as the end of a line
         yield json.loads(line)
 
 

@@ -7,9 +7,12 @@ A prompt longer than the budget (sequence length - tokens of the answer) loses i
 BOS, up to EOS; those of summaries with a repetition penalty of 1.2 over what has been generated. Scores, the best over the reference answers:
 
     f1       words in common with the answer, as a harmonic mean of precision and recall, without case, punctuation and articles
-    rouge    the longest common subsequence of words (ROUGE-L), likewise
-    edit     similarity of the first line of code, 2 x characters in matching blocks / characters of both
+    rouge    ROUGE-L of a summary: distinct words in the longest common subsequences of its sentences with those of the answer, likewise
+    edit     similarity of the first line of code, 2 x characters in matching blocks / characters of both, in whole percent
     class    1 / number of the classes named, if the right one is among them
+
+They are those of the benchmark's own scorer, its odd sides included, so that figures can be compared: sentences end at every full stop, and what
+is left behind the last one is a sentence even if it is empty.
 """
 
 from __future__ import annotations
@@ -187,7 +190,7 @@ class LongBenchRun:
 def read_samples(path: Path) -> list[dict[str, Any]]:
     """The samples of one task. Raises ``UserError`` that names file and line of what is none."""
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -244,27 +247,27 @@ def f1(answer: str, reference: str, _: object = None) -> float:
 
 
 def rouge_l(answer: str, reference: str, _: object = None) -> float:
-    """Of the longest common subsequence of words."""
-    said, expected = answer.split(), reference.split()
-    longest = [0] * (len(expected) + 1)  # longest[j]: with the first j expected words, and those said so far
-    for word in said:
-        diagonal = 0
-        for j, other in enumerate(expected, 1):
-            diagonal, longest[j] = longest[j], diagonal + 1 if word == other else max(longest[j], longest[j - 1])
-    return _harmonic(longest[-1], len(said), len(expected))
+    """Of the distinct words of both; common are those of the longest common subsequence of any two sentences."""
+    said, expected = _sentences(answer), _sentences(reference)
+    common = {word for one in expected for other in said for word in _common_subsequence(one, other)}
+    return _harmonic(len(common), len(set().union(*said)), len(set().union(*expected)))
 
 
 def edit_similarity(answer: str, reference: str, _: object = None) -> float:
     """Of the answer's first line that is code, no comment and no fence."""
     lines = answer.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
-    return difflib.SequenceMatcher(None, line, reference, autojunk=False).ratio()
+    return round(100 * difflib.SequenceMatcher(None, line, reference).ratio()) / 100
 
 
 def class_named(answer: str, reference: str, sample: dict[str, Any]) -> float:
-    """Classes whose names are part of the right one's name do not count as named."""
-    named = [name for name in sample.get("all_classes") or [] if name in answer]
-    named = [name for name in named if name == reference or name not in reference]
+    """A class whose name is part of the right one's does not count as named, unless it comes directly behind another such class."""
+    named: list[str] = []
+    was_part = False
+    for name in (name for name in sample.get("all_classes") or [] if name in answer):
+        was_part = not was_part and name != reference and name in reference
+        if not was_part:
+            named.append(name)
     return 1 / len(named) if reference in named else 0.0
 
 
@@ -276,6 +279,30 @@ _METRICS: dict[str, Callable[[str, str, dict[str, Any]], float]] = {
 def _plain_words(text: str) -> list[str]:
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _sentences(text: str) -> list[list[str]]:
+    return [" ".join(sentence.split()).split(" ") for sentence in text.split(".") if sentence]
+
+
+def _common_subsequence(one: list[str], other: list[str]) -> list[str]:
+    """A longest one, from the back; of several the one that leaves out words of ``other`` first."""
+    longest = [[0] * (len(other) + 1)]  # longest[i][j]: of the first i and the first j words
+    for word in one:
+        row = [0]
+        for j, candidate in enumerate(other):
+            row.append(longest[-1][j] + 1 if word == candidate else max(longest[-1][j + 1], row[j]))
+        longest.append(row)
+    words, i, j = [], len(one), len(other)
+    while i and j:
+        if one[i - 1] == other[j - 1]:
+            words.append(one[i - 1])
+            i, j = i - 1, j - 1
+        elif longest[i - 1][j] > longest[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return words
 
 
 def _harmonic(common: int, said: int, expected: int) -> float:

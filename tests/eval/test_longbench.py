@@ -60,8 +60,14 @@ def test_f1_by_hand(answer, reference, value):
         ("a b c d", "a b c d", 1.0),
         ("a x b y c", "a b c", 2 * 3 / 8),  # a b c within 5 said and 3 expected
         ("c b a", "a b c", 2 * 1 / 6),  # order counts
-        ("b a b a", "a b a b", 2 * 3 / 8),
+        ("a a a b", "b a", 2 * 1 / 4),  # words count once; of "a" and "b" the answer's last is taken
+        ("b c. a b", "a b c", 1.0),  # "b c" of one sentence, "a b" of the other
+        ("a b c", "b c. a b", 1.0),
+        ("a b. ", "a b", 2 * 2 / 5),  # behind the last full stop there is a sentence of one empty word
+        ("a b.", "a b", 1.0),
         ("", "a", 0.0),
+        ("a", "", 0.0),
+        ("...", "a", 0.0),
     ],
 )
 def test_rouge_l_by_hand(answer, reference, value):
@@ -70,8 +76,10 @@ def test_rouge_l_by_hand(answer, reference, value):
 
 def test_edit_similarity_takes_the_first_line_that_is_code():
     assert edit_similarity("\n# note\n```python\nx = 1\ny = 2", "x = 1") == 1.0
-    assert edit_similarity("abcd", "bcde") == pytest.approx(2 * 3 / 8)
+    assert edit_similarity("abcd", "bcde") == 0.75
+    assert edit_similarity("abx", "ab") == 0.8 and edit_similarity("abcdef", "abcxyzw") == 0.46  # 6/13, in whole percent
     assert edit_similarity("// nothing else", "x") == 0.0
+    assert edit_similarity("zzz" + "ab" * 150, "ab" * 150 + "zzz") == 0.01  # what is frequent in a long line is no anchor
 
 
 def test_a_class_counts_once_and_less_beside_others():
@@ -80,6 +88,8 @@ def test_a_class_counts_once_and_less_beside_others():
     assert class_named("Date or City", "Date", sample) == 0.5
     assert class_named("Number of something", "Number of something", sample) == 1.0  # "Number" is part of it
     assert class_named("City", "Date", sample) == 0.0
+    classes = {"all_classes": ["Number", "Number of", "Number of something"]}
+    assert class_named("Number of something", "Number of something", classes) == 0.5  # of two parts in a row one is taken out
 
 
 def test_the_best_reference_answer_counts():
@@ -148,6 +158,14 @@ def test_broken_samples_are_named_by_file_and_line(tmp_path, line, message):
     path.write_text("\n")
     with pytest.raises(UserError, match="holds no sample"):
         read_samples(path)
+
+
+def test_a_sample_may_hold_any_character(tmp_path):
+    """U+2028, U+0085 and form feeds end a line for Python's text, but not for JSON's lines."""
+    sample = {"context": "a\u2028b\x85c\x0cd", "input": "\u2029", "answers": ["\x1c"]}
+    path = tmp_path / "qasper.jsonl"
+    path.write_text(json.dumps(sample, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_samples(path) == [sample]
 
 
 def run(model, folder, monkeypatch, length=600, limit=None, piece=2):
