@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+# Processes that the tests are spread over, a file of them at a time; -n 0 in TESTS runs them in one.
+WORKERS ?= 3
 export DS_BUILD_OPS := 0
 
 .PHONY: demo test test-slurm test-gpu check bench docs format clean
@@ -11,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/megarat demo $(DEMO)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -rs -m "not gpu" --ignore=tests/slurm $(TESTS)
+	$(BIN)/python -m pytest -rs -m "not gpu" -n $(WORKERS) --dist loadfile --ignore=tests/slurm $(TESTS)
 
 # Apart from the others: real jobs that are stopped, killed and requeued, eight minutes of mostly waiting.
 test-slurm: $(VENV)/.installed-test
