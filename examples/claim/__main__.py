@@ -8,14 +8,16 @@ python -m examples.claim report [RESULTS]        tables and figures of the READM
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from examples.claim import arms
 from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED, StoppedEarly, UserError
+from megarat.train.guard import StopRequest
 
 _HERE = Path(__file__).resolve().parent
 _POLL_S = 0.5
@@ -39,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="make the corpus, then train and measure arms, each in a process of its own")
     run.add_argument("arms", nargs="*", metavar="ARM", help=f"of {', '.join(arms.ARMS)}; all of them by default")
-    run.add_argument("--jobs", type=int, default=1, help="arms at a time on the one device")
+    run.add_argument("--jobs", type=_at_least(1), default=1, help="arms at a time on the one device")
     run.set_defaults(call=_run)
     one = commands.add_parser("arm", help="train and measure one arm in this process")
     one.add_argument("arm", metavar="ARM")
@@ -52,7 +54,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--config", default=str(_HERE / "small.yaml"), help="YAML of the size (%(default)s)")
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the config")
         command.add_argument(
-            "--needles", type=int, default=0, metavar="BATCHES", help="also fine-tune on needle tasks, so many batches"
+            "--adapt",
+            choices=tuple(arms.ADAPTATIONS),
+            default="full",
+            help="which adaptations; brief: D=16 and D=64 (%(default)s)",
+        )
+        command.add_argument(
+            "--needles", type=_at_least(0), default=0, metavar="BATCHES", help="also fine-tune on needle tasks, so many batches"
         )
         command.add_argument("--keep", action="store_true", help="keep the runs of adaptations and fine-tunings")
     corpus = commands.add_parser("corpus", help="fetch the text and make the shards")
@@ -67,32 +75,57 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _at_least(smallest: int) -> Callable[[str], int]:
+    """A type of argument."""
+
+    def whole_number(text: str) -> int:
+        if (value := int(text)) < smallest:
+            raise argparse.ArgumentTypeError(f"{value}: must be at least {smallest}")
+        return value
+
+    return whole_number
+
+
 def _run(options: argparse.Namespace) -> int:
     """Start arms as places become free; a failed one does not stop the others. Returns the first exit code that is not 0."""
-    waiting = list(options.arms or arms.ARMS)
+    waiting = list(dict.fromkeys(options.arms or arms.ARMS))
     for arm in waiting:
         arms.pretraining(options.config, arm, _overrides(options))  # a bad config is refused before anything starts
     if not (_corpus_of(options) / "shards").is_dir():
         _build(_corpus_of(options))
     running: dict[str, subprocess.Popen[bytes]] = {}
     codes: list[int] = []
-    while waiting or running:
-        while waiting and len(running) < options.jobs:
-            arm = waiting.pop(0)
-            running[arm] = subprocess.Popen(_command(arm, options))
-        time.sleep(_POLL_S)
-        for arm, process in list(running.items()):
-            if (code := process.poll()) is not None:
-                del running[arm]
-                codes.append(code)
-                print(f"{arm}: exit code {code}", flush=True)
+    told = False
+    with StopRequest().listening() as stop:
+        while running or (waiting and stop.reason is None):
+            while waiting and len(running) < options.jobs and stop.reason is None:
+                arm = waiting.pop(0)
+                running[arm] = subprocess.Popen(_command(arm, options))
+            time.sleep(_POLL_S)
+            if stop.reason is not None and not told:
+                told = True
+                _pass_on(stop.reason, running)
+            for arm, process in list(running.items()):
+                if (code := process.poll()) is not None:
+                    del running[arm]
+                    codes.append(code)
+                    print(f"{arm}: exit code {code}", flush=True)
+    if stop.reason is not None:
+        raise StoppedEarly(f"stopped ({stop.reason}); the same command goes on from what {options.out} holds")
     return next((code for code in codes if code), EXIT_OK)
+
+
+def _pass_on(reason: str, running: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Ask the arms to end with what they are at, a training with a checkpoint. A terminal's Ctrl-C has reached them already."""
+    if reason != signal.Signals.SIGINT.name:
+        for process in running.values():
+            process.send_signal(signal.SIGTERM)
 
 
 def _command(arm: str, options: argparse.Namespace) -> list[str]:
     places = ["--out", str(options.out), "--corpus", str(_corpus_of(options)), "--config", options.config]
     settings = [part for override in options.set for part in ("--set", override)]
-    extras = ["--needles", str(options.needles), *(["--keep"] if options.keep else [])]
+    extras = ["--adapt", options.adapt, "--needles", str(options.needles), *(["--keep"] if options.keep else [])]
     return [sys.executable, "-m", "examples.claim", "arm", arm, *places, *settings, *extras]
 
 
@@ -101,8 +134,9 @@ def _one(options: argparse.Namespace) -> int:
 
     kinds = _corpus_of(options) / "kinds"
     needles = arms.NeedleTuning(options.needles) if options.needles else None
-    extras = life.Extras(kinds if kinds.is_dir() else None, needles, options.keep)
-    life.live(options.config, options.arm, options.out, _overrides(options), extras)
+    extras = life.Extras(kinds if kinds.is_dir() else None, needles, options.adapt, options.keep)
+    with StopRequest().listening() as stop:
+        life.live(options.config, options.arm, options.out, _overrides(options), extras, stop)
     return EXIT_OK
 
 

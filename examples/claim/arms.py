@@ -38,18 +38,14 @@ TOPK = tuple(f"D=-1 + topk blocks={blocks},size=64,score=max" for blocks in (3, 
 NEEDLE_READINGS = ("dense", "D=16", "D=64")  # each fine-tuned from the weights adapted to it
 NEEDLE_TASKS = "single_1,single_2,multikey_1,multikey_2"
 
-# Share of the pretraining's batches that an adaptation takes: about 1 %, and the 48 of 1167 batches of the anchor.
-SHORT, LONG = 0.01, 0.041
-ADAPTATIONS: tuple[tuple[str, float], ...] = (
-    ("D=16", LONG),
-    ("D=64", LONG),
-    ("D=16", SHORT),
-    ("D=64", SHORT),
-    ("dense", LONG),
-    ("D=4", LONG),
-    (WINDOWED, LONG),
-    (SINKS, LONG),
-)
+# Share of the pretraining's batches that an adaptation takes: a quarter of a percent, one percent, and the 48 of 1167 batches of the anchor.
+TINY, SHORT, LONG = 0.0025, 0.01, 0.041
+_HEADLINE = tuple((reading, share) for share in (LONG, SHORT) for reading in ("D=16", "D=64"))
+_OTHERS = tuple((reading, share) for share in (LONG, SHORT) for reading in READINGS if reading not in ("D=16", "D=64"))
+ADAPTATIONS: dict[str, tuple[tuple[str, float], ...]] = {
+    "brief": _HEADLINE,
+    "full": (*_HEADLINE, *_OTHERS, ("D=16", TINY), ("D=64", TINY)),
+}
 
 
 def pretraining(path: str, arm: str, overrides: tuple[str, ...] = ()) -> Config:
@@ -61,10 +57,15 @@ def pretraining(path: str, arm: str, overrides: tuple[str, ...] = ()) -> Config:
     return config
 
 
+def batches_of(share: float, pairs: int) -> int:
+    """Batches of an adaptation that takes a share of a pretraining's."""
+    return max(1, round(share * pairs))
+
+
 def adaptation(pretrain: Config, pattern: str, share: float) -> Config:
     """The published adaptation: fresh optimizer, a tenth of the learning rate, no warm-up; ``share`` of the batches of pretraining."""
     tree = pretrain.to_dict()
-    batches = max(1, round(share * pretrain.train.pairs))
+    batches = batches_of(share, pretrain.train.pairs)
     tree["run"]["dir"] = f"{pretrain.run.dir}-adapted/{pattern}-{share:g}"
     tree["attention"] = {"pattern": pattern}
     tree["train"]["pairs"] = batches

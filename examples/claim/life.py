@@ -13,7 +13,8 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,23 +23,39 @@ import torch
 from torch import Tensor, nn
 
 from examples.claim import arms
+from megarat import config as configuration
 from megarat.config import Config
 from megarat.data.reader import TokenReader
 from megarat.data.store import join
 from megarat.demo.report import read_metrics
-from megarat.eval.perplexity import HeldOut
-from megarat.eval.runner import EvalSettings, evaluate
-from megarat.infer.load import load
+from megarat.errors import StoppedEarly, UserError
+from megarat.eval.answers import Answerer
+from megarat.eval.needle import ANSWER_TOKENS, NeedleMaker
+from megarat.eval.perplexity import HeldOut, combine, perplexity_items
+from megarat.eval.retrieval import NeedleRun
+from megarat.infer.load import LoadedModel, load
+from megarat.infer.reading import Reading
+from megarat.infer.text import find_tokenizer
 from megarat.model.flops import pair_flops_per_token, parameter_count
 from megarat.model.lm import RATPlusLM
 from megarat.train.adapt import adapt
+from megarat.train.guard import StopRequest
 from megarat.train.loop import pretrain
-from megarat.train.run_folder import environment
+from megarat.train.run_folder import changed_keys, environment
 
 CURVE_POINTS = 100
+_EVAL_SEQUENCES = 16  # scored at a time
 _TOPK_TOKENS = 65536  # the plain top-k attention computes every score
 _GATE_SEQUENCES = 4
 _GATE_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+
+
+class Stage(NamedTuple):
+    """A part of an arm's life: the key of its result; where that key holds a list, what tells its row from the others; what makes it."""
+
+    key: str
+    row: dict[str, Any] | None
+    make: Callable[[], Any]
 
 
 class Results:
@@ -46,16 +63,49 @@ class Results:
 
     def __init__(self, path: Path, content: dict[str, Any]) -> None:
         self._path, self._content = path, content
-        self._started = time.perf_counter()
+        self._started = time.perf_counter() - content.get("seconds", 0.0)
 
-    def put(self, key: str, value: Any) -> None:
-        """Set a key, write the file, and say so."""
-        self._content[key] = value
+    @classmethod
+    def open(cls, path: Path, arm: str, config: Config) -> Results:
+        """Those at ``path``, or new ones. Raises ``UserError`` when the file is damaged or of another config."""
+        if not path.exists():
+            return cls(path, {"arm": arm, "seed": config.train.seed, "config": config.to_dict(), "environment": _environment()})
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            before = configuration.from_dict(content["config"], str(path))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: no results of an arm ({error!r}); move it away or give another --out") from None
+        changed = changed_keys(before, config)
+        if before.train.pairs != config.train.pairs:
+            changed.append(f"train.pairs: {before.train.pairs} -> {config.train.pairs}")
+        if changed:
+            raise UserError(f"{path} holds results of another config: {'; '.join(changed)}. Give another --out")
+        return cls(path, content)
+
+    def has(self, stage: Stage) -> bool:
+        """Whether a stage is done."""
+        if stage.row is None:
+            return stage.key in self._content
+        return any(stage.row.items() <= row.items() for row in self._content.get(stage.key, []))
+
+    def resume(self) -> None:
+        """Note that another process, perhaps of another commit, goes on with results that an earlier one began."""
+        if "pretraining" in self._content:
+            self._content.setdefault("resumed", []).append(_environment())
+
+    def take(self, stage: Stage) -> None:
+        """Do a stage, write its result, and say so."""
+        result = stage.make()
+        if stage.row is None:
+            self._content[stage.key] = result
+        else:
+            self._content.setdefault(stage.key, []).append(result)
         self._content["seconds"] = round(time.perf_counter() - self._started, 1)
         staging = self._path.with_suffix(".partial")
         staging.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
         staging.replace(self._path)
-        print(f"{self._content['seconds']:7.1f} s  {self._path.stem}  {key}", flush=True)
+        which = "" if stage.row is None else ", ".join(str(value) for value in stage.row.values())
+        print(f"{self._content['seconds']:7.1f} s  {self._path.stem}  {stage.key} {which}", flush=True)
 
 
 class Extras(NamedTuple):
@@ -63,56 +113,88 @@ class Extras(NamedTuple):
 
     kinds: Path | None = None  # folder of one corpus a kind of text
     needles: arms.NeedleTuning | None = None
+    adaptations: str = "full"  # of ``arms.ADAPTATIONS``
     keep: bool = False  # the runs of adaptations and fine-tunings
 
 
-def live(path: str, arm: str, out: Path, overrides: tuple[str, ...] = (), extras: Extras = Extras()) -> Path:  # noqa: B008 (frozen)
+def live(
+    path: str,
+    arm: str,
+    out: Path,
+    overrides: tuple[str, ...] = (),
+    extras: Extras = Extras(),  # noqa: B008 (frozen)
+    stop: StopRequest | None = None,
+) -> Path:
     """Train, score and adapt an arm of the config at ``path``; returns the file of its results, ``out/ARM-SEED.json``.
 
-    Raises ``UserError``.
+    What that file holds is not done again; a stopped training goes on from its checkpoint. Raises ``UserError``, and ``StoppedEarly``
+    when ``stop`` or a signal asked for it.
     """
     config = arms.pretraining(path, arm, overrides)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot make this folder: {error.strerror}") from None
     target = out / f"{arm}-{config.train.seed}.json"
-    results = Results(target, {"arm": arm, "seed": config.train.seed, "config": config.to_dict(), "environment": _environment()})
-    results.put("parameters", parameter_count(config.model))
-    results.put("flops_per_token", pair_flops_per_token(config))
-    pretrain(config)
-    _free()
-    run = Path(config.run.dir)
-    results.put("pretraining", training_record(run))
-    results.put("scores", score(run, arms.READINGS))
-    if extras.kinds is not None:
-        folders = sorted(path.parent for path in extras.kinds.glob("*/validation"))
-        results.put("kinds", {folder.name: score(run, arms.KIND_READINGS, shards=folder) for folder in folders})
-    _adapt_to_all(config, extras, results)
-    if config.model.recurrence:
-        results.put("gates", gate_statistics(config, run))
-    results.put("topk", score(run, arms.TOPK, limit_tokens=_TOPK_TOKENS))
-    if extras.needles is not None:
-        _tune_on_needles(config, extras.needles, results)
+    results = Results.open(target, arm, config)
+    left = [stage for stage in _stages(config, extras) if not results.has(stage)]
+    if left:
+        results.resume()
+        pretrain(config)
+        _free()
+    for stage in left:
+        if stop is not None and stop.reason is not None:
+            raise StoppedEarly(
+                f"stopped ({stop.reason}) before {stage.key}; {target} holds what is done, the same command goes on"
+            )
+        results.take(stage)
     if not extras.keep:
-        for folder in (f"{run}-adapted", f"{run}-needle"):
+        for folder in (f"{config.run.dir}-adapted", f"{config.run.dir}-needle"):
             shutil.rmtree(folder, ignore_errors=True)
     return target
 
 
-def _adapt_to_all(config: Config, extras: Extras, results: Results) -> None:
-    """Every adaptation; of their runs, only those that needles start from are left."""
-    rows: list[dict[str, Any]] = []
-    for pattern, share in arms.ADAPTATIONS:
-        rows.append(adapted(config, pattern, share))
-        results.put("adaptations", rows)
-        needed = extras.needles is not None and share == arms.LONG and pattern in arms.NEEDLE_READINGS
-        if not extras.keep and not needed:
-            shutil.rmtree(arms.adaptation(config, pattern, share).run.dir)
+def _stages(config: Config, extras: Extras) -> Iterator[Stage]:
+    """All stages behind the training, the most valuable first."""
+    run = Path(config.run.dir)
+    yield Stage("parameters", None, partial(parameter_count, config.model))
+    yield Stage("flops_per_token", None, partial(pair_flops_per_token, config))
+    yield Stage("pretraining", None, partial(training_record, run))
+    yield Stage("scores", None, partial(score, config, run, arms.READINGS))
+    adaptations = [
+        Stage("adaptations", _adaptation_row(config, pattern, share), partial(_adapt_and_clear, config, pattern, share, extras))
+        for pattern, share in arms.ADAPTATIONS[extras.adaptations]
+    ]
+    headline = len(arms.ADAPTATIONS["brief"])
+    yield from adaptations[:headline]
+    if config.model.recurrence:
+        yield Stage("gates", None, partial(gate_statistics, config, run))
+    yield Stage("topk", None, partial(score, config, run, arms.TOPK, limit_tokens=_TOPK_TOKENS))
+    if extras.kinds is not None:
+        yield Stage("kinds", None, partial(_score_kinds, config, run, extras.kinds))
+    yield from adaptations[headline:]
+    if extras.needles is not None:
+        for reading in (*arms.NEEDLE_READINGS, None):
+            yield Stage("needles", {"trained": reading or "pair"}, partial(tuned, config, reading, extras.needles))
 
 
-def _tune_on_needles(config: Config, tuning: arms.NeedleTuning, results: Results) -> None:
-    rows: list[dict[str, Any]] = []
-    for reading in (*arms.NEEDLE_READINGS, None):
-        rows.append(tuned(config, reading, tuning))
-        results.put("needles", rows)
+def _adaptation_row(config: Config, pattern: str, share: float) -> dict[str, Any]:
+    return {"pattern": pattern, "batches": arms.batches_of(share, config.train.pairs)}
+
+
+def _score_kinds(config: Config, run: Path, kinds: Path) -> dict[str, list[dict[str, Any]]]:
+    """Scores by kind of text."""
+    folders = sorted(path.parent for path in kinds.glob("*/validation"))
+    return {folder.name: score(config, run, arms.KIND_READINGS, shards=str(folder)) for folder in folders}
+
+
+def _adapt_and_clear(config: Config, pattern: str, share: float, extras: Extras) -> dict[str, Any]:
+    """An adaptation; of their runs, only those that needles start from are left."""
+    row = adapted(config, pattern, share)
+    needed = extras.needles is not None and share == arms.LONG and pattern in arms.NEEDLE_READINGS
+    if not extras.keep and not needed:
+        shutil.rmtree(arms.adaptation(config, pattern, share).run.dir)
+    return row
 
 
 def training_record(run: Path) -> dict[str, Any]:
@@ -143,16 +225,27 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def score(
-    run: Path, readings: Sequence[str], limit_tokens: int | None = None, shards: Path | None = None
+    config: Config, run: Path, readings: Sequence[str], limit_tokens: int | None = None, shards: str | None = None
 ) -> list[dict[str, Any]]:
-    """Rows of the perplexity table of ``megarat eval``, on the run's own held-out text or that of ``shards``."""
+    """Rows of the perplexity table of ``megarat eval`` on the arm's held-out text or that of ``shards``, without its measurements of speed."""
+    data = config.data
+    corpus = HeldOut(
+        TokenReader(join(shards or data.validation or data.primary, "validation")), data.sequence_length, limit_tokens
+    )
+    model, read = _load(run, readings)
+    items = perplexity_items(model.lm, read, corpus, _EVAL_SEQUENCES)
+    rows = combine(model.lm, read, [item.run() for item in items], corpus.length)
+    del model, items
+    _free()
+    return [row.to_dict() for row in rows]
+
+
+def _load(run: Path, readings: Sequence[str]) -> tuple[LoadedModel, list[Reading]]:
+    """A run's last weights and how they are to be read."""
+    model = load(run)
     with warnings.catch_warnings():  # to read weights under other patterns than their own is the point here
         warnings.filterwarnings("ignore", ".* was adapted to", UserWarning)
-        place = None if shards is None else str(shards)
-        settings = EvalSettings(patterns=readings, shards=place, limit_tokens=limit_tokens, micro_batch=16, progress=False)
-        rows: list[dict[str, Any]] = evaluate(run, settings)["tasks"]["ppl"]
-    _free()
-    return rows
+        return model, [model.reading(reading) for reading in readings]
 
 
 def adapted(config: Config, pattern: str, share: float) -> dict[str, Any]:
@@ -167,31 +260,41 @@ def adapted(config: Config, pattern: str, share: float) -> dict[str, Any]:
         "batches": settings.train.pairs,
         "tokens": rows[-1]["tokens"],
         "loss_first": rows[0]["loss_dense"],
-        "score": score(run, (pattern,))[0],
+        "score": score(config, run, (pattern,))[0],
     }
 
 
 def tuned(config: Config, pattern: str | None, tuning: arms.NeedleTuning) -> dict[str, Any]:
     """Fine-tune on needle tasks under ``pattern``, from the weights adapted to it; None: by pairs from the pretrained ones, read by top-k."""
     settings = arms.needle_tuning(config, pattern or "dense", tuning, sparse_pass=pattern is None)
-    start = config.run.dir if pattern is None else arms.adaptation(config, pattern, arms.LONG).run.dir
+    start = config.run.dir
+    if pattern is not None:
+        parent = arms.adaptation(config, pattern, arms.LONG)
+        adapt(parent, config.run.dir)  # nothing is done where it is done
+        _free()
+        start = parent.run.dir
     run = Path(settings.run.dir)
     adapt(settings, start, sparse_pass=pattern is None)
-    _free()
-    readings = ("dense", *arms.TOPK) if pattern is None else (pattern,)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* was adapted to", UserWarning)
-        tasks = f"needle:{arms.NEEDLE_TASKS}".split(",")
-        rows = evaluate(
-            run, EvalSettings(patterns=readings, tasks=tasks, samples=tuning.samples, micro_batch=100, progress=False)
-        )
     _free()
     return {
         "trained": pattern or "pair",
         "batches": settings.train.pairs,
         "curve": training_record(run)["curve"],
-        "scores": rows["tasks"]["needle"],
+        "scores": needle_scores(run, ("dense", *arms.TOPK) if pattern is None else (pattern,), tuning),
     }
+
+
+def needle_scores(run: Path, readings: Sequence[str], tuning: arms.NeedleTuning) -> list[dict[str, Any]]:
+    """Rows of the needle table of ``megarat eval``."""
+    model, read = _load(run, readings)
+    answerer = Answerer(model.lm, find_tokenizer(model, None), batch=tuning.samples, capacity=tuning.length)
+    maker = NeedleMaker(answerer.tokenizer, tuning.length - ANSWER_TOKENS, seed=0)
+    needles = NeedleRun(answerer, maker, samples=tuning.samples, piece=tuning.samples)
+    tasks = [(task, reading) for reading in read for task in arms.NEEDLE_TASKS.split(",")]
+    rows = [needles.combine(task, reading, [item.run() for item in needles.items(task, reading)]) for task, reading in tasks]
+    del model, answerer, needles
+    _free()
+    return [row.to_dict() for row in rows]
 
 
 @torch.no_grad()

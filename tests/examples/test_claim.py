@@ -7,20 +7,27 @@ import hashlib
 import io
 import json
 import math
+import os
 import random
+import signal
+import sys
 import tarfile
+import threading
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from examples.claim import __main__ as claim
 from examples.claim import arms, corpus, life, report
 from examples.claim.__main__ import main
 from megarat.data.reader import TokenReader
 from megarat.data.tokenizer import load_tokenizer
-from megarat.errors import UserError
+from megarat.errors import StoppedEarly, UserError
 from megarat.eval.needle import NeedleMaker
+from megarat.eval.runner import EvalSettings, evaluate
 from megarat.model.pattern import Pattern
 from megarat.ops import gated_scan
 
@@ -175,20 +182,76 @@ def toy(built, tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     return Path(corpus.__file__).with_name("small.yaml"), tuple(f"{key}={value}" for key, value in keys.items())
 
 
+def short_life(patch: pytest.MonkeyPatch) -> None:
+    """One of each kind of stage."""
+    patch.setattr(arms, "ADAPTATIONS", {"brief": (("D=16", arms.LONG),), "full": (("D=16", arms.LONG), ("D=16", 0.08))})
+    patch.setattr(arms, "READINGS", ("dense", "D=16"))
+    patch.setattr(arms, "NEEDLE_READINGS", ("D=16",))
+    patch.setattr(arms, "NEEDLE_TASKS", "multikey_2")
+    patch.setattr(arms, "TOPK", ("D=-1 + topk blocks=3,size=16,score=max",))
+    patch.setattr(arms, "KIND_READINGS", ("dense",))
+
+
+class Asked:
+    """A request to stop."""
+
+    reason = "SIGTERM"
+
+
 @pytest.fixture(scope="module")
-def record(toy, built, mesh, tmp_path_factory) -> dict:
+def begun(toy, built, mesh, tmp_path_factory) -> tuple[Path, dict]:
+    """A life without needles and with the fewest adaptations, and its record."""
     path, overrides = toy
     out = tmp_path_factory.mktemp("results") / "toy"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arms, "ADAPTATIONS", (("D=16", arms.LONG),))
-        patch.setattr(arms, "READINGS", ("dense", "D=16"))
-        patch.setattr(arms, "NEEDLE_READINGS", ("D=16",))
-        patch.setattr(arms, "NEEDLE_TASKS", "multikey_2")
-        patch.setattr(arms, "TOPK", ("D=-1 + topk blocks=3,size=16,score=max",))
-        patch.setattr(arms, "KIND_READINGS", ("dense",))
-        extras = life.Extras(built / "kinds", arms.NeedleTuning(1, 512, 1, 2))
-        target = life.live(str(path), "ratplus", out, overrides, extras)
+        short_life(patch)
+        with pytest.raises(StoppedEarly, match="before parameters"):
+            life.live(str(path), "ratplus", out, overrides, life.Extras(built / "kinds", adaptations="brief"), Asked())
+        target = life.live(str(path), "ratplus", out, overrides, life.Extras(built / "kinds", adaptations="brief"))
+    return out, json.loads(target.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def record(toy, built, begun) -> dict:
+    """The same life, taken up again for the rest."""
+    path, overrides = toy
+    out, _ = begun
+    with pytest.MonkeyPatch.context() as patch:
+        short_life(patch)
+        target = life.live(str(path), "ratplus", out, overrides, life.Extras(built / "kinds", arms.NeedleTuning(1, 512, 1, 2)))
     return json.loads(target.read_text(encoding="utf-8"))
+
+
+def test_what_is_done_is_kept_and_not_done_again(toy, built, begun, record, monkeypatch):
+    path, overrides = toy
+    out, before = begun
+    assert "needles" not in before and len(before["adaptations"]) == 1
+    kept = {key: value for key, value in before.items() if key not in ("seconds", "adaptations")}
+    assert kept == {key: record[key] for key in kept}
+    assert record["adaptations"][:1] == before["adaptations"]
+    assert len(record["resumed"]) == 1 and record["seconds"] > before["seconds"]
+    short_life(monkeypatch)
+    monkeypatch.setattr(life, "pretrain", None)  # nothing is left to be trained for
+    target = life.live(str(path), "ratplus", out, overrides, life.Extras(built / "kinds", adaptations="brief"))
+    assert json.loads(target.read_text(encoding="utf-8")) == record
+
+
+def test_results_of_another_config_or_none_at_all_are_refused(toy, begun, tmp_path):
+    path, overrides = toy
+    out, _ = begun
+    for other, said in (("optim.lr=0.01", "optim.lr: 0.0015 -> 0.01"), ("train.pairs=26", "train.pairs: 25 -> 26")):
+        with pytest.raises(UserError, match=f"another config: {said}"):
+            life.live(str(path), "ratplus", out, (*overrides, other))
+    (tmp_path / "ratplus-1005.json").write_text('{"arm": "ratp', encoding="utf-8")
+    with pytest.raises(UserError, match="no results of an arm"):
+        life.live(str(path), "ratplus", tmp_path, overrides)
+
+
+def test_scores_are_those_of_megarat_eval(record):
+    run = Path(record["config"]["run"]["dir"])
+    rows = evaluate(run, EvalSettings(patterns=("dense", "D=16"), micro_batch=16, progress=False))["tasks"]["ppl"]
+    for mine, theirs in zip(record["scores"], rows, strict=True):
+        assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
 
 
 def test_a_life_records_every_stage(record):
@@ -197,7 +260,10 @@ def test_a_life_records_every_stage(record):
     assert abs(record["pretraining"]["curve"][0]["loss_dense"] - math.log(400)) < 0.5
     assert [report._plain(row["pattern"]) for row in record["scores"]] == ["dense", "D=16"]
     assert {kind: rows[0]["tokens"] > 0 for kind, rows in record["kinds"].items()} == {"prose": True}
-    assert [(row["pattern"], row["batches"], row["tokens"]) for row in record["adaptations"]] == [("D=16", 1, 256)]
+    assert [(row["pattern"], row["batches"], row["tokens"]) for row in record["adaptations"]] == [
+        ("D=16", 1, 256),
+        ("D=16", 2, 512),
+    ]
     assert [tuning["trained"] for tuning in record["needles"]] == ["D=16", "pair"]
     assert all(0 <= row["ruler"] <= 1 for tuning in record["needles"] for row in tuning["scores"])
     assert record["topk"][0]["loss"] < 2 * math.log(400)
@@ -243,6 +309,56 @@ def test_arms_differ_in_what_they_say(toy, arm, passes):
 def test_an_unknown_arm_is_refused(toy, capsys):
     assert main(["run", "rats", "--out", "nowhere"]) == 2
     assert "expected one of ratplus" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--jobs", "0"], "must be at least 1"),
+        (["--needles", "-1"], "must be at least 0"),
+        (["--adapt", "all"], "invalid choice: 'all'"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--out", "nowhere", *arguments])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", ["train.pears=3", "train.pairs=0", "model.heads=3"])
+def test_a_bad_setting_is_refused_before_anything_starts(setting, tmp_path, capsys):
+    assert main(["run", "ratplus", "--out", str(tmp_path / "out"), "--set", setting]) == 2
+    assert setting.partition("=")[0] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stop_is_passed_on_and_nothing_is_started_after_it(toy, built, tmp_path, monkeypatch, capsys):
+    """Arms that say when they listen, and end with 75 when they are asked to."""
+    started = tmp_path / "started"
+    started.mkdir()
+    program = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "pathlib.Path(sys.argv[1], sys.argv[2]).touch()\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(claim, "_command", lambda arm, options: [sys.executable, "-c", program, str(started), arm])
+
+    def stop_when_both_listen() -> None:
+        while len(list(started.iterdir())) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    path, overrides = toy
+    settings = [part for override in overrides for part in ("--set", override)]
+    thread = threading.Thread(target=stop_when_both_listen, daemon=True)
+    thread.start()
+    code = main(["run", "--out", str(tmp_path / "out"), "--corpus", str(built), "--config", str(path), "--jobs", "2", *settings])
+    thread.join()
+    assert code == 75
+    assert sorted(path.name for path in started.iterdir()) == ["ratplus", "recurrence"]
+    said = capsys.readouterr()
+    assert said.out.count("exit code 75") == 2 and "goes on from what" in said.err
 
 
 # --- the report ---------------------------------------------------------------------------------------------------------------
