@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from megarat.model.layers import RMSNorm, made_again
 from megarat.model.pattern import LayerPattern
-from megarat.ops import ScanState, apply_rotary, dilated_attention, gated_scan
+from megarat.ops import ScanState, apply_rotary, dilated_attention, gated_scan, parts
 from megarat.parallel.context import WHOLE, ContextParallel
 from megarat.parallel.tensor import ALONE, ColumnLinear, RowLinear, TensorParallel
 
@@ -98,7 +98,8 @@ class RATPlusMixer(nn.Module):
 
     def split(self, fused: Tensor) -> Projections:
         """The fused projection as strided views of (B, T, H, K)."""
-        o, q, k, v, *gate = fused.unflatten(-1, (-1, self.heads, self.head_dim)).unbind(-3)
+        pieces = parts(fused, 5 if self.recurrence else 4)
+        o, q, k, v, *gate = (piece.unflatten(-1, (self.heads, self.head_dim)) for piece in pieces)
         return Projections(o, q, k, v, gate[0] if gate else None)
 
     def recur(

@@ -12,6 +12,7 @@ from megarat.ops.fp8_linear import fp8_linear, fp8_missing
 from megarat.ops.gated_scan import ScanState, gated_scan
 from megarat.ops.gelu import gelu_and_gradient, gelu_linear
 from megarat.ops.output_gate import output_gate
+from megarat.ops.parts import parts
 from megarat.ops.rms_norm import add_rms_norm, rms_norm
 from megarat.ops.rotary import apply_rotary, rotary_tables
 
@@ -35,6 +36,7 @@ __all__ = [
     "linear_cross_entropy",
     "output_gate",
     "partial_statistics",
+    "parts",
     "rms_norm",
     "rotary_tables",
     "visible",

@@ -26,6 +26,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megarat.ops.parts import GradientPlace
+
 LOG2E = 1.4426950408889634
 NO_DILATION = 1 << 23  # stands for D = -1: longer than any sequence, and a tile of its multiples still fits 32 bits
 LOWEST = tl.constexpr(-1e30)  # a finite "minus infinity": differences of two of them are 0, not NaN
@@ -190,7 +192,7 @@ def _dilated_attention_forward_kernel(
 @triton.jit
 def _dilated_attention_queries_kernel(
     q_ptr, k_ptr, v_ptr, gate_ptr, starts_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dgate_ptr, open_dout_ptr, delta_ptr, T, H, dilation, window, initial, scale, plain_scale,
+    dq_ptr, dk_ptr, dv_ptr, dgate_ptr, dgate_t, open_dout_ptr, delta_ptr, T, H, dilation, window, initial, scale, plain_scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, gate_b, gate_t, gate_h,
     dout_b, dout_t, dout_h,
     K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -211,7 +213,8 @@ def _dilated_attention_queries_kernel(
         gate_ptr += b * gate_b + start * gate_t + h * gate_h
         open_MK = tl.sigmoid(tl.load(_rows(gate_ptr, local_M, gate_t, K), mask=in_M1, other=0.0).to(tl.float32))
         dgate_MK = dout_MK.to(tl.float32) * out_MK * (1.0 - open_MK)
-        tl.store(_rows(dgate_ptr + row_0, local_M, H * K, K), dgate_MK.to(dgate_ptr.dtype.element_ty), mask=in_M1)
+        dgate_ptr += (b * T + start) * dgate_t + h * K
+        tl.store(_rows(dgate_ptr, local_M, dgate_t, K), dgate_MK.to(dgate_ptr.dtype.element_ty), mask=in_M1)
         dout_MK = (dout_MK.to(tl.float32) * open_MK).to(dout_MK.dtype)
         tl.store(_rows(open_dout_ptr + row_0, local_M, H * K, K), dout_MK, mask=in_M1)
     if HAS_DLSE:
@@ -414,14 +417,16 @@ def attention_backward(
     tile = _tile(QUERY_TILES, length, pattern, q_BTHK.dtype)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BTHK, k_BTHK, v_BTHK))
     gated = gate_BTHK is not None
-    gate, dgate = (q_BTHK, dq) if gate_BTHK is None else (gate_BTHK, torch.empty_like(dq, dtype=gate_BTHK.dtype))
+    gate = q_BTHK if gate_BTHK is None else gate_BTHK
+    place = GradientPlace.of(gate).claimed()
+    dgate = dq if gate_BTHK is None else place.empty()
     open_dout = torch.empty_like(out_BTHK) if gated else dout_BTHK
     delta_BHT = torch.empty_like(lse_BHT)
     shared = {**_pattern_arguments(pattern), "scale": scale * LOG2E, "plain_scale": scale}
     documents = {"DOCUMENTS": starts_BT is not None, "WIDE": _is_wide(q_BTHK, k_BTHK, v_BTHK, open_dout)}
     _dilated_attention_queries_kernel[(triton.cdiv(length, tile[0]), batch * heads)](
         q_BTHK, k_BTHK, v_BTHK, gate, lse_BHT if starts_BT is None else starts_BT, out_BTHK, lse_BHT, dout_BTHK,
-        lse_BHT if dlse_BHT is None else dlse_BHT, dq, dk, dv, dgate, open_dout, delta_BHT, length, heads, **shared,
+        lse_BHT if dlse_BHT is None else dlse_BHT, dq, dk, dv, dgate, place.row_stride, open_dout, delta_BHT, length, heads, **shared,
         **_strides(q=q_BTHK, k=k_BTHK, v=v_BTHK, gate=gate, dout=dout_BTHK),
         K=channels, WINDOWED=pattern[1] > 0, GATED=gated, HAS_DLSE=dlse_BHT is not None, **documents, **_tile_options(tile),
     )  # fmt: skip

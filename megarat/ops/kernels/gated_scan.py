@@ -31,6 +31,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megarat.ops.parts import GradientPlace
+
 EMPTY = tl.constexpr(-1)  # int32 bits of a chain entry nobody has written: a NaN that no arithmetic instruction returns
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -337,7 +339,7 @@ def _store_gradients(
 @triton.jit
 def _gated_scan_backward_kernel(
     k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, dk_out_ptr, dv_out_ptr, saved_ptr, chain_ptr, maps_ptr, dk_ptr, dv_ptr, dg_ptr,
-    B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, table_b, blocks,
+    B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, out_t, table_b, blocks,
     R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, BACK: tl.constexpr, POLL: tl.constexpr, PACK: tl.constexpr,
     ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -353,7 +355,6 @@ def _gated_scan_backward_kernel(
     g_ptr += b * g_b + h * g_h + first
     dk_out_ptr += b * dk_b + h * dk_h + first
     dv_out_ptr += b * dv_b + h * dv_h + first
-    out_t = H * (2 * R)
     out_0 = b * T * out_t + h * (2 * R) + first
     k_offs, v_offs = (rows_S * L * k_t)[:, None] + c_C[None, :], (rows_S * L * v_t)[:, None] + c_C[None, :]
     g_offs, out_offs = (rows_S * L * g_t)[:, None] + c_C[None, :], (rows_S * L * out_t)[:, None] + c_C[None, :]
@@ -514,13 +515,17 @@ def scan_backward(
     batch, length, heads, _ = k_BTHK.shape
     tile = _tiles(k_BTHK)[1]
     grid, blocks, options = _launch_shape(tile, k_BTHK)
-    dk, dv, dg = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k_BTHK, v_BTHK, g_BTHK))
+    places = [GradientPlace.of(x).claimed() for x in (k_BTHK, v_BTHK, g_BTHK)]
+    if len({place.row_stride for place in places}) > 1:  # the kernel knows one stride for all three
+        places = [place.alone() for place in places]
+    dk, dv, dg = (place.empty() for place in places)
     chain, maps = _new_chain(blocks, tile[-1], k_BTHK, dlast)
     cos, sin, table_b = _table_arguments(cos, sin, k_BTHK)
     _gated_scan_backward_kernel[grid](
         k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, dk_out_BTHK, dv_out_BTHK, saved,
         chain, maps, dk, dv, dg,
-        batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK, dk_out_BTHK, dv_out_BTHK), table_b, blocks,
+        batch, length, heads, *_strides(k_BTHK, v_BTHK, g_BTHK, dk_out_BTHK, dv_out_BTHK), places[0].row_stride,
+        table_b, blocks,
         ROTATE=cos is not k_BTHK, HAS_STARTS=starts_BT is not None, **options,
     )  # fmt: skip
     return dk, dv, dg, chain[-1]

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megarat.ops.parts import GradientPlace
+
 
 @triton.jit
 def _output_gate_forward_kernel(x_ptr, gate_ptr, out_ptr, T, C, gate_b, gate_t, gate_h, K: tl.constexpr, BLOCK: tl.constexpr):
@@ -24,7 +26,7 @@ def _output_gate_forward_kernel(x_ptr, gate_ptr, out_ptr, T, C, gate_b, gate_t, 
 
 @triton.jit
 def _output_gate_backward_kernel(
-    x_ptr, gate_ptr, dout_ptr, dx_ptr, dgate_ptr, T, C, gate_b, gate_t, gate_h, K: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, gate_ptr, dout_ptr, dx_ptr, dgate_ptr, dgate_t, T, C, gate_b, gate_t, gate_h, K: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     gate_ptr += (row // T) * gate_b + (row % T) * gate_t
@@ -34,7 +36,7 @@ def _output_gate_backward_kernel(
     opened = tl.sigmoid(gate)
     tl.store(dx_ptr + row * C + c, (dout * opened).to(dx_ptr.dtype.element_ty), mask=c < C)
     dgate = dout * x * opened * (1.0 - opened)
-    tl.store(dgate_ptr + row * C + c, dgate.to(dgate_ptr.dtype.element_ty), mask=c < C)
+    tl.store(dgate_ptr + row * dgate_t + c, dgate.to(dgate_ptr.dtype.element_ty), mask=c < C)
 
 
 def _launch_arguments(gate_BTHK: Tensor) -> tuple[tuple[int], dict[str, int]]:
@@ -65,7 +67,8 @@ class OutputGate(torch.autograd.Function):
         """Launches the backward."""
         x_BTHK, gate_BTHK = ctx.saved_tensors
         dx = torch.empty_like(x_BTHK)
-        dgate = torch.empty(gate_BTHK.shape, dtype=gate_BTHK.dtype, device=gate_BTHK.device)
+        place = GradientPlace.of(gate_BTHK).claimed()
+        dgate = place.empty()
         grid, arguments = _launch_arguments(gate_BTHK)
-        _output_gate_backward_kernel[grid](x_BTHK, gate_BTHK, dout_BTHK.contiguous(), dx, dgate, **arguments)
+        _output_gate_backward_kernel[grid](x_BTHK, gate_BTHK, dout_BTHK.contiguous(), dx, dgate, place.row_stride, **arguments)
         return dx, dgate
