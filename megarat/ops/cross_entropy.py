@@ -126,7 +126,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weights_N = weights_N / count.clamp_min(1)
         loss = torch.zeros((), dtype=compute, device=x_NC.device)
         dx_NC = torch.empty_like(x_NC) if want_gradients else None
-        dweight_VC = torch.empty(weight_VC.shape, dtype=compute, device=x_NC.device) if want_gradients else None
+        new = torch.empty if x_NC.shape[0] else torch.zeros  # the first chunk writes all of it, if there is one
+        dweight_VC = new(weight_VC.shape, dtype=compute, device=x_NC.device) if want_gradients else None
         for start in range(0, x_NC.shape[0], chunk):
             rows = slice(start, start + chunk)
             joined, dlogits_nV = rows_of_chunk(
@@ -194,6 +195,13 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: reduction={reduction!r}, expected 'mean' or 'sum'")
     if x_NC.dtype != weight_VC.dtype:
         raise ValueError(f"linear_cross_entropy: x is {x_NC.dtype} but the weight is {weight_VC.dtype}")
+    if x_NC.shape[:1] != labels_N.shape or x_NC.shape[1:] != weight_VC.shape[1:]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x_NC, weight_VC, labels_N))
+        raise ValueError(f"linear_cross_entropy: x, weight and labels must be (N, C), (V, C) and (N,); got {shapes}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"linear_cross_entropy: chunk={chunk}, expected at least one row")
+    if combine is None:
+        _check_labels(labels_N, ignore_index, vocab_start, weight_VC.shape[0])
     x_NC, labels_N = x_NC.contiguous(), labels_N.contiguous()
     unsupported = "the inputs are float64" if x_NC.dtype == torch.float64 else None
     kernels = choose_backend("linear_cross_entropy", backend, x_NC, unsupported) == "triton"
@@ -203,6 +211,17 @@ def linear_cross_entropy(
         want_gradients, _triton_rows if kernels else _torch_rows,
     )  # fmt: skip
     return loss, count
+
+
+def _check_labels(labels_N: Tensor, ignore_index: int, vocab_start: int, entries: int) -> None:
+    """Refuses labels of no entry: `ValueError`, or on a GPU, without waiting for it, a failed assertion of the device."""
+    known_N = (labels_N == ignore_index) | ((labels_N >= vocab_start) & (labels_N < vocab_start + entries))
+    if labels_N.is_cuda:
+        torch._assert_async(known_N.all())
+    elif not known_N.all():
+        raise ValueError(
+            f"linear_cross_entropy: label {int(labels_N[~known_N][0])} is none of {vocab_start} ... {vocab_start + entries - 1}"
+        )
 
 
 def _default_chunk(x_NC: Tensor, weight_VC: Tensor) -> int:

@@ -34,9 +34,15 @@ def cache_slots(pattern: PatternLike, max_length: int) -> int:
     return initial + window + far
 
 
+def _without_end(pattern: PatternLike) -> tuple[int, int, int]:
+    """The pattern with a dilation longer than any sequence in the place of none (D = -1)."""
+    dilation, window, initial = check_pattern(pattern)
+    return (1 << 30 if dilation == -1 else dilation), window, initial
+
+
 def slot_positions(slots: int, lengths_B: Tensor, pattern: PatternLike) -> Tensor:
     """The position (B, S) each slot holds when its sequence has lengths_B tokens; negative for a ring slot not yet written."""
-    dilation, window, initial = check_pattern(pattern)
+    dilation, window, initial = _without_end(pattern)
     slot_S = torch.arange(slots, device=lengths_B.device)
     positions_BS = slot_S.expand(lengths_B.shape[0], slots)
     if window:
@@ -94,7 +100,7 @@ def cache_write(
     Call it after `decode_attention`: the ring slot it takes belonged to position t - W, which the current token still sees. A far
     position behind the end of the cache is dropped, so `max_length` of `cache_slots` bounds the sequence.
     """
-    dilation, window, initial = check_pattern(pattern)
+    dilation, window, initial = _without_end(pattern)
     slots, t_B = k_cache_BHSK.shape[2], lengths_B
     targets: list[tuple[Tensor, Tensor]] = []
     if initial:
@@ -157,6 +163,7 @@ def decode_step(
     """
     refuse_gradients("decode_step", q_BHK, k_BHK, v_BHK, g_BHK, output_gate_BHK, *state)
     pattern = check_pattern(pattern)
+    _check_cache(k_cache_BHSK, v_cache_BHSK, q_BHK, pattern)
     scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
     unsupported = _unsupported(q_BHK, k_BHK, v_BHK, g_BHK, k_cache_BHSK)
     if choose_backend("decode_step", backend, q_BHK, unsupported) == "triton":
@@ -172,6 +179,15 @@ def decode_step(
     state.k_BHK.copy_(new.k_BHK)
     state.v_BHK.copy_(new.v_BHK)
     return out_BHK if output_gate_BHK is None else out_BHK * torch.sigmoid(output_gate_BHK)
+
+
+def _check_cache(k_cache_BHSK: Tensor, v_cache_BHSK: Tensor, q_BHK: Tensor, pattern: tuple[int, int, int]) -> None:
+    batch, heads, slots, channels = k_cache_BHSK.shape
+    if k_cache_BHSK.shape != v_cache_BHSK.shape or (batch, heads, channels) != q_BHK.shape:
+        shapes = f"{tuple(k_cache_BHSK.shape)} and {tuple(v_cache_BHSK.shape)}"
+        raise ValueError(f"decode_step: caches of shape {shapes} for queries of shape {tuple(q_BHK.shape)}")
+    if slots < (least := pattern[1] + pattern[2]):
+        raise ValueError(f"decode_step: a cache of {slots} slots for pattern {pattern}, which needs {least} and its far tokens")
 
 
 def _unsupported(q_BHK: Tensor, k_BHK: Tensor, v_BHK: Tensor, g_BHK: Tensor, k_cache_BHSK: Tensor) -> str | None:

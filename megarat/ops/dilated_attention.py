@@ -177,6 +177,7 @@ def dilated_attention(
     Returns out_BTHK in q's dtype, and with return_lse also the log-sum-exp of the visible scaled scores, (B, T, H) fp32 (float64
     for float64 inputs).
     """
+    _check(q_BTHK, k_BTHK, v_BTHK, output_gate_BTHK, document_ids_BT)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     unsupported = _unsupported(q_BTHK, k_BTHK, v_BTHK, scale)
     kernels = choose_backend("dilated_attention", backend, q_BTHK, unsupported) == "triton"
@@ -214,6 +215,19 @@ def _attend_triton(
         pattern = (-1, q_BTHK.shape[1], 0)  # as one window, whose keys' gradients need no partial sums
     out_BTHK, lse_BHT = DilatedAttention.apply(q_BTHK, k_BTHK, v_BTHK, gate_BTHK, starts_BT, pattern, scale)
     return out_BTHK, lse_BHT.transpose(1, 2)
+
+
+def _check(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, gate_BTHK: Tensor | None, document_ids_BT: Tensor | None) -> None:
+    others = (k_BTHK, v_BTHK) if gate_BTHK is None else (k_BTHK, v_BTHK, gate_BTHK)
+    if q_BTHK.dim() != 4 or any(x.shape != q_BTHK.shape for x in others):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q_BTHK, *others))
+        raise ValueError(f"dilated_attention: q, k, v and the output gate must share one shape (B, T, H, K); got {shapes}")
+    if q_BTHK.shape[1] == 0:
+        raise ValueError("dilated_attention: the sequence is empty (T = 0)")
+    if document_ids_BT is not None and document_ids_BT.shape != q_BTHK.shape[:2]:
+        raise ValueError(
+            f"dilated_attention: document ids of shape {tuple(document_ids_BT.shape)} for inputs of shape {tuple(q_BTHK.shape)}"
+        )
 
 
 def _unsupported(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, scale: float) -> str | None:

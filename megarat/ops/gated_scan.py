@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megarat.ops.dispatch import choose_backend, refuse_gradients
-from megarat.ops.rotary import apply_rotary
+from megarat.ops.rotary import apply_rotary, check_tables
 
 
 class ScanState(NamedTuple):
@@ -246,7 +246,7 @@ def gated_scan(
     k, v, g: (B, T, H, K), bf16, fp16, fp32 or float64; the last dimension contiguous, the others with any strides (slices of one
     fused projection). g holds gate *logits*; g = +inf holds the state exactly (right padding), with zero gradients.
     cos, sin: fp32 rotary tables, (T, R) or (B, T, R); without them k is not rotated.
-    initial_state: the averages before the first token, as returned for the previous segment; zeros by default.
+    initial_state: the averages before the first token, (B, H, K), as returned for the previous segment; zeros by default.
     document_starts_BT: bool; True clears the state in front of that token.
     out_dtype: dtype of both outputs, k's by default. backend: "triton", "reference", or None to choose (see ops.dispatch).
 
@@ -254,7 +254,10 @@ def gated_scan(
     initial state, from the outputs and from the final state; there is no second derivative.
     """
     _check(k_BTHK, v_BTHK, g_BTHK, cos_TR, sin_TR)
+    _check_state(k_BTHK, initial_state, document_starts_BT)
     out_dtype = out_dtype or k_BTHK.dtype
+    if initial_state is not None:
+        initial_state = ScanState(*(s.to(state_dtype(k_BTHK.dtype)) for s in initial_state))
     if choose_backend("gated_scan", backend, k_BTHK, _unsupported(k_BTHK, v_BTHK, g_BTHK)) == "reference":
         return _gated_scan_chunked(k_BTHK, v_BTHK, g_BTHK, cos_TR, sin_TR, initial_state, document_starts_BT, out_dtype)
     from megarat.ops.kernels.gated_scan import GatedScan
@@ -262,8 +265,9 @@ def gated_scan(
     refuse_gradients("the rotary table of gated_scan", cos_TR, sin_TR)
     start_k, start_v = initial_state or (None, None)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (k_BTHK, v_BTHK, g_BTHK, start_k, start_v))
+    starts_BT = None if document_starts_BT is None else document_starts_BT.contiguous()
     k_out, v_out, last_k, last_v = GatedScan.apply(
-        k_BTHK, v_BTHK, g_BTHK, cos_TR, sin_TR, start_k, start_v, document_starts_BT, out_dtype, save
+        k_BTHK, v_BTHK, g_BTHK, cos_TR, sin_TR, start_k, start_v, starts_BT, out_dtype, save
     )
     return k_out, v_out, ScanState(last_k, last_v)
 
@@ -287,3 +291,16 @@ def _check(k_BTHK: Tensor, v_BTHK: Tensor, g_BTHK: Tensor, cos: Tensor | None, s
         raise ValueError("gated_scan: the sequence is empty (T = 0)")
     if (cos is None) != (sin is None):
         raise ValueError("gated_scan: cos and sin come together or not at all")
+    if cos is not None and sin is not None:
+        check_tables("gated_scan", cos, sin, k_BTHK)
+
+
+def _check_state(k_BTHK: Tensor, state: ScanState | None, starts_BT: Tensor | None) -> None:
+    batch, length, heads, channels = k_BTHK.shape
+    for part in state or ():
+        if part.shape != (batch, heads, channels):
+            raise ValueError(f"gated_scan: an initial state of shape {tuple(part.shape)} for inputs {tuple(k_BTHK.shape)}")
+    if starts_BT is not None and (starts_BT.shape != (batch, length) or starts_BT.dtype != torch.bool):
+        raise ValueError(
+            f"gated_scan: document_starts_BT is {starts_BT.dtype} {tuple(starts_BT.shape)}, not bool {(batch, length)}"
+        )

@@ -35,6 +35,8 @@ def gelu_and_gradient(x: Tensor, dy: Tensor, *, backend: str | None = None) -> t
 
     backend: "triton", "reference" or None to choose (see ops.dispatch).
     """
+    if x.shape != dy.shape:
+        raise ValueError(f"gelu_and_gradient: x is {tuple(x.shape)} but its gradient is {tuple(dy.shape)}")
     refuse_gradients("gelu_and_gradient", x, dy)
     unsupported = "the input is float64" if x.dtype == torch.float64 else None
     if choose_backend("gelu_and_gradient", backend, x, unsupported) == "reference":

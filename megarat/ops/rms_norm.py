@@ -30,7 +30,7 @@ def rms_norm(
     if _choose(x, weight_C, backend) == "triton":
         from megarat.ops.kernels.rms_norm import RMSNorm
 
-        return RMSNorm.apply(x.contiguous(), None, weight_C, eps, out_dtype)[0]
+        return RMSNorm.apply(x.contiguous(), None, weight_C.contiguous(), eps, out_dtype)[0]
     if x.dtype == weight_C.dtype:
         return F.rms_norm(x, (x.shape[-1],), weight_C, eps).to(out_dtype)
     return rms_norm_ref(x, weight_C, eps).to(out_dtype)
@@ -47,13 +47,15 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(residual + branch), residual + branch) in one pass; the sum keeps the residual's dtype.
 
-    residual, branch: (..., C), each of its own dtype. The normalised result has `out_dtype`, the branch's dtype by default.
+    residual, branch: of one shape (..., C), each of its own dtype. The normalised result has `out_dtype`, the branch's dtype by default.
     """
     out_dtype = out_dtype or branch.dtype
-    if residual.shape == branch.shape and _choose(residual, weight_C, backend) == "triton":
+    if residual.shape != branch.shape:
+        raise ValueError(f"add_rms_norm: the residual is {tuple(residual.shape)} but the branch is {tuple(branch.shape)}")
+    if _choose(residual, weight_C, backend) == "triton":
         from megarat.ops.kernels.rms_norm import RMSNorm
 
-        y, total = RMSNorm.apply(residual.contiguous(), branch.contiguous(), weight_C, eps, out_dtype)
+        y, total = RMSNorm.apply(residual.contiguous(), branch.contiguous(), weight_C.contiguous(), eps, out_dtype)
         return y, total
     total = residual + branch.to(residual.dtype)
     return rms_norm(total, weight_C, eps, out_dtype=out_dtype, backend="reference"), total

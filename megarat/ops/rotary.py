@@ -42,8 +42,7 @@ def apply_rotary(x_BTHK: Tensor, cos: Tensor, sin: Tensor, *, backend: str | Non
     a row (R,) or (B, R). The rotation is done in fp32 (float64 for float64 input); the result has x's dtype.
     backend: "triton", "reference" or None to choose (see ops.dispatch).
     """
-    if cos.shape[-1] * 2 != x_BTHK.shape[-1]:
-        raise ValueError(f"apply_rotary: tables of {cos.shape[-1]} pairs for heads of {x_BTHK.shape[-1]} channels")
+    check_tables("apply_rotary", cos, sin, x_BTHK)
     if choose_backend("apply_rotary", backend, x_BTHK, _unsupported(x_BTHK)) == "reference":
         return apply_rotary_ref(x_BTHK, cos, sin)
     from megarat.ops.kernels.rotary import Rotary
@@ -53,6 +52,15 @@ def apply_rotary(x_BTHK: Tensor, cos: Tensor, sin: Tensor, *, backend: str | Non
         cos, sin = (table.expand(x_BTHK.shape[0], -1) for table in (cos, sin))
         return Rotary.apply(x_BTHK.unsqueeze(0), cos.float().contiguous(), sin.float().contiguous()).squeeze(0)
     return Rotary.apply(x_BTHK, cos.float().contiguous(), sin.float().contiguous())
+
+
+def check_tables(op: str, cos: Tensor, sin: Tensor, x: Tensor) -> None:
+    """Refuses tables that are not of x's angles: x (B, T, H, K) wants (T, R) or (B, T, R), one token a row (B, H, K) wants (R,) or (B, R)."""
+    *tokens, _, channels = x.shape
+    if cos.shape[-1] * 2 != channels:
+        raise ValueError(f"{op}: tables of {cos.shape[-1]} pairs for heads of {channels} channels")
+    if cos.shape != sin.shape or tuple(cos.shape[:-1]) not in (tuple(tokens), tuple(tokens[1:])):
+        raise ValueError(f"{op}: rotary tables {tuple(cos.shape)} and {tuple(sin.shape)} for inputs of shape {tuple(x.shape)}")
 
 
 def _unsupported(x: Tensor) -> str | None:

@@ -69,3 +69,27 @@ def test_an_unknown_reduction_and_mixed_dtypes_are_refused():
         linear_cross_entropy(x, weight, labels, reduction="none")
     with pytest.raises(ValueError, match="float32"):
         linear_cross_entropy(x.float(), weight, labels)
+
+
+@pytest.mark.parametrize("label", [-1, 50, -99])
+def test_a_label_that_is_no_entry_is_refused_and_not_read_as_another(label):
+    x, weight, labels = tensors(4, 8, 50)
+    labels[2] = label
+    with pytest.raises(ValueError, match=f"label {label} is none of 0 ... 49"):
+        linear_cross_entropy(x, weight, labels)
+
+
+def test_no_rows_have_zero_loss_and_zero_gradients():
+    x, weight, labels = tensors(4, 8, 50)
+    loss, count = linear_cross_entropy(x[:0], weight, labels[:0])
+    assert (loss, count) == (0, 0)
+    assert (torch.autograd.grad(loss, weight)[0] == 0).all()
+
+
+def test_unequal_shapes_and_an_impossible_chunk_are_refused():
+    x, weight, labels = tensors(4, 8, 50)
+    for wrong in ((x[:3], weight, labels), (x, weight[:, :7], labels), (x, weight, labels[:, None])):
+        with pytest.raises(ValueError, match="must be"):
+            linear_cross_entropy(*wrong)
+    with pytest.raises(ValueError, match="chunk=-1"):
+        linear_cross_entropy(x, weight, labels, chunk=-1)

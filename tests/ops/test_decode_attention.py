@@ -83,3 +83,26 @@ def test_decode_step_equals_scan_rotary_attention_and_gate_of_the_whole_sequence
         torch.testing.assert_close(found, expected[:, t])
         lengths += 1
     torch.testing.assert_close(state.k_BHK, last.k_BHK)
+
+
+def test_slots_beyond_a_pattern_without_dilated_part_are_neither_read_nor_written():
+    """D = -1 in a cache that is larger than it needs."""
+    pattern, slots = (-1, 3, 2), 9
+    caches = torch.full((2, 1, 1, slots, 4), float("nan"))
+    q, k, v = torch.randn(LENGTH, 3, 1, 1, 4).permute(1, 2, 0, 3, 4)
+    expected = dilated_attention_ref(q, k, v, pattern)[0]
+    for t in range(LENGTH):
+        lengths = torch.tensor([t])
+        torch.testing.assert_close(decode_attention(q[:, t], k[:, t], v[:, t], *caches, lengths, pattern), expected[:, t])
+        cache_write(*caches, k[:, t], v[:, t], lengths, pattern)
+    assert caches[..., 5:, :].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2, 2, 5, 4), (1, 1, 5, 4), (2, 1, 5, 8)], ids=str)
+def test_a_cache_of_another_shape_or_too_small_for_the_pattern_is_refused(shape):
+    """A kernel would write behind it."""
+    token = torch.randn(4, 2, 1, 4)
+    cos, sin = rotary_tables(torch.arange(9), 4)
+    state = ScanState(*torch.zeros(2, 2, 1, 4))
+    with pytest.raises(ValueError, match="decode_step: "):
+        decode_step(*token, cos, sin, state, torch.zeros(shape), torch.zeros(shape), torch.zeros(2, dtype=torch.int64), (4, 3, 2))

@@ -87,3 +87,20 @@ def test_a_wrong_number_of_head_patterns_is_refused():
     q, k, v, _ = projections(1, 5, 2, 4).unbind(2)
     with pytest.raises(ValueError, match="3 patterns for 2 heads"):
         dilated_attention(q, k, v, [(4, 0, 0)] * 3)
+
+
+@pytest.mark.parametrize("wrong", ["keys", "gate", "documents", "nothing"])
+def test_inputs_of_unequal_shapes_are_refused(wrong):
+    """A kernel would read behind the shorter one."""
+    q, k, v, gate = projections(2, 5, 2, 4).unbind(2)
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    if wrong == "keys":
+        k = k[:, :4]
+    elif wrong == "gate":
+        gate = gate[:, :, :1]
+    elif wrong == "documents":
+        ids = ids[0]
+    else:
+        q, k, v, gate, ids = q[:, :0], k[:, :0], v[:, :0], gate[:, :0], ids[:, :0]
+    with pytest.raises(ValueError, match="dilated_attention: "):
+        dilated_attention(q, k, v, (4, 1, 1), output_gate_BTHK=gate, document_ids_BT=ids)

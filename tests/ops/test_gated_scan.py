@@ -84,3 +84,32 @@ def test_unequal_shapes_and_a_lone_table_are_refused():
         gated_scan(k, v, g[:, :3])
     with pytest.raises(ValueError, match="come together"):
         gated_scan(k, v, g, torch.ones(4, 2))
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (5, 2), (4, 1), (3, 4, 2), (1, 4, 2)], ids=str)
+def test_rotary_tables_of_other_positions_rows_or_heads_are_refused(shape):
+    """A kernel would read behind them."""
+    k, v, g, _ = inputs(2, 4, 1, 4)
+    with pytest.raises(ValueError, match="gated_scan"):
+        gated_scan(k, v, g, torch.ones(shape), torch.ones(shape))
+
+
+def test_states_and_document_starts_of_other_shapes_are_refused():
+    k, v, g, state = inputs(2, 4, 1, 4)
+    with pytest.raises(ValueError, match="initial state of shape"):
+        gated_scan(k, v, g, initial_state=ScanState(state.k_BHK[:1], state.v_BHK[:1]))
+    with pytest.raises(ValueError, match=r"is torch\.int64"):
+        gated_scan(k, v, g, document_starts_BT=torch.zeros(2, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="document_starts_BT"):
+        gated_scan(k, v, g, document_starts_BT=torch.zeros(4, dtype=torch.bool))
+
+
+def test_an_initial_state_of_another_dtype_is_widened_and_gets_its_gradient():
+    k, v, g, _ = inputs(1, 6, 1, 4)
+    narrow = ScanState(*torch.randn(2, 1, 1, 4).to(torch.bfloat16).requires_grad_())
+    found = gated_scan(k, v, g, initial_state=narrow)
+    expected = gated_scan(k, v, g, initial_state=ScanState(*(s.double() for s in narrow)))
+    assert torch.equal(found[0], expected[0])
+    (gradient,) = torch.autograd.grad(found[0].sum(), narrow.k_BHK)
+    assert gradient.dtype == torch.bfloat16
+    assert gradient.abs().sum() > 0

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as functional
 
-from megarat.ops import gelu_linear
+from megarat.ops import gelu_and_gradient, gelu_linear
 from megarat.ops.gelu import gelu_and_gradient_ref
 
 
@@ -41,3 +42,8 @@ def test_far_from_zero_the_activation_is_the_input_or_nothing():
     y, dx = gelu_and_gradient_ref(x, torch.ones_like(x))
     assert y.tolist() == [0.0, 0.0, 60.0]
     assert dx.tolist() == [0.0, 0.5, 1.0]
+
+
+def test_a_gradient_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="gelu_and_gradient"):
+        gelu_and_gradient(torch.ones(4, 3), torch.ones(3, 4))

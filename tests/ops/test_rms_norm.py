@@ -33,3 +33,8 @@ def test_sum_keeps_the_residual_dtype_and_the_norm_takes_the_branch_dtype():
 def test_weight_of_another_width_is_refused():
     with pytest.raises(ValueError, match="16 channels"):
         rms_norm(torch.ones(2, 16), torch.ones(8))
+
+
+def test_a_branch_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="add_rms_norm"):
+        add_rms_norm(torch.ones(2, 16), torch.ones(1, 16), torch.ones(16))

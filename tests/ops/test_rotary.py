@@ -42,3 +42,6 @@ def test_odd_head_sizes_and_tables_of_another_size_are_refused():
         rotary_tables(torch.arange(3), 7)
     with pytest.raises(ValueError, match="4 pairs"):
         apply_rotary(torch.ones(1, 3, 1, 16), *rotary_tables(torch.arange(3), 8))
+    for positions in (torch.arange(2), torch.arange(4), torch.arange(3).expand(3, 3), torch.arange(3).expand(1, 3)):
+        with pytest.raises(ValueError, match="rotary tables"):
+            apply_rotary(torch.ones(2, 3, 1, 8), *rotary_tables(positions, 8))
