@@ -27,6 +27,7 @@ from megarat.errors import UserError
 from megarat.log import METRICS
 from megarat.mesh import Shape
 from megarat.model.flops import pair_flops_per_token, parameter_count, training_flops_per_token, visible_pairs
+from megarat.model.pattern import Patterns
 from megarat.rates import Rates
 
 GB = 1e9
@@ -233,17 +234,19 @@ def checkpoint_bytes(config: Config) -> float:
 def step_seconds(config: Config, shape: Shape, known: Rates) -> dict[str, float]:
     """Seconds of a pair on one rank, by what is done, at measured rates. The ranks of a group share a layer's work evenly."""
     model, length = config.model, config.data.sequence_length
-    passes = [config.patterns] if config.sparse_patterns is None else [config.sparse_patterns, config.patterns]
+    seen = _passes(config)
+    passes = sum(share for _, share in seen)
     tokens = float(config.train.global_batch * length)
     share = tokens / shape.size  # of all the work on tokens
     micro_batches = config.train.global_batch // (config.train.micro_batch * shape.data)
     weights = stage_parameters(model, shape)
-    matrices = len(passes) * training_flops_per_token(model, (), length)  # no layer's pattern: without attention
+    matrices = passes * training_flops_per_token(model, (), length)  # no layer's pattern: without attention
     attention = sum(
-        len(group.heads) * model.head_dim * (known.attention_s + known.visible_s * visible_pairs(group.pattern, length) / length)
-        for patterns in passes for layer in patterns for group in layer
+        how_often * len(group.heads) * model.head_dim
+        * (known.attention_s + known.visible_s * visible_pairs(group.pattern, length) / length)
+        for patterns, how_often in seen for layer in patterns for group in layer
     )  # fmt: skip
-    channels = len(passes) * model.layers * model.hidden
+    channels = passes * model.layers * model.hidden
     moved = _ELEMENTWISE_BYTES + (_SELECTIVE_BYTES if config.parallel.recompute == "selective" else 0)
     again = 4 / 3 if config.parallel.recompute == "full" else 1.0
     return {
@@ -251,37 +254,62 @@ def step_seconds(config: Config, shape: Shape, known: Rates) -> dict[str, float]
         "attention": again * share * attention,
         "scan": again * share * channels * known.scan_s * model.recurrence,
         "elementwise": again * share * channels * moved / known.copy,
-        "adding gradients": len(passes) * micro_batches * weights * _ADD_BYTES / known.copy,
-        "optimizer": len(passes) * weights * _UPDATE_BYTES / (shape.data * shape.context) / known.copy,
-        "launches": again * len(passes) * micro_batches * _WAIT_S * -(-model.layers // shape.pipeline),
+        "adding gradients": passes * micro_batches * weights * _ADD_BYTES / known.copy,
+        "optimizer": _updates(config) * weights * _UPDATE_BYTES / (shape.data * shape.context) / known.copy,
+        "launches": again * passes * micro_batches * _WAIT_S * -(-model.layers // shape.pipeline),
     }
 
 
 def communication_seconds(config: Config, shape: Shape, gpu: Gpu) -> dict[str, float]:
     """Seconds of a pair by axis, each over the slowest link that its ranks span (tensor ranks are neighbours, then context, then data)."""
-    passes = 1 if config.sparse_patterns is None else 2
-    micro_batches = config.train.global_batch // (config.train.micro_batch * shape.data)
-    hidden = 2.0 * config.model.hidden * _tokens(config, shape)  # bytes of one (N, C) in bf16
+    # Micro-batches of a pair, each counted for every pass that is made over it.
+    micro_batches = sum(share for _, share in _passes(config)) * (
+        config.train.global_batch // (config.train.micro_batch * shape.data)
+    )
+    width = 4.0 if config.train.precision == "fp32" else 2.0
+    hidden = width * config.model.hidden * _tokens(config, shape)  # bytes of one (N, C)
     layers = -(-config.model.layers // shape.pipeline)
+    again = 2 if config.parallel.recompute == "full" else 0  # of the forward's collectives, two a layer on either axis
     data = shape.data * shape.context
     shared = stage_parameters(config.model, shape) * (data - 1) / data
-    gathers = {1: 1, 2: 1, 3: 3}[
-        config.parallel.zero
-    ]  # of bf16 weights; ZeRO 3 gathers for the forward, the backward and the update
-    reduce = (
-        8.0 if config.parallel.zero == 1 else 2.0 * micro_batches
-    )  # fp32 all-reduce once, or bf16 reduce-scatter a micro-batch
     volumes = {
-        "tensor": (4 * layers * micro_batches * hidden * 2 * (shape.tensor - 1) / shape.tensor, shape.tensor),
-        "context": (6 * layers * micro_batches * hidden * (shape.context - 1) / shape.tensor, shape.tensor * shape.context),
-        "gradients and weights": ((reduce + 2 * gathers) * shared, shape.size // shape.pipeline),
+        "tensor": ((4 + again) * layers * micro_batches * hidden * 2 * (shape.tensor - 1) / shape.tensor, shape.tensor),
+        "context": (
+            (6 + again) * layers * micro_batches * hidden * (shape.context - 1) / shape.tensor,
+            shape.tensor * shape.context,
+        ),
+        "gradients and weights": (_zero_bytes(config, width, micro_batches) * shared, shape.size // shape.pipeline),
         "pipeline": (2.0 * micro_batches * hidden * (shape.pipeline > 1), shape.size),
     }
     return {
-        name: passes * volume / (_LINK_EFFICIENCY * (gpu.nvlink if span <= gpu.per_node else gpu.network))
+        name: volume / (_LINK_EFFICIENCY * (gpu.nvlink if span <= gpu.per_node else gpu.network))
         for name, (volume, span) in volumes.items()
         if volume
     }
+
+
+def _zero_bytes(config: Config, width: float, micro_batches: float) -> float:
+    """Bytes of one parameter that ZeRO sends in a pair: gradients up, weights down.
+
+    ZeRO 1: an all-reduce in fp32 and one gather of the weights, an update; ZeRO 2: a reduce-scatter a micro-batch, and that gather; ZeRO 3:
+    a reduce-scatter and two gathers, for forward and backward, a micro-batch.
+    """
+    if config.parallel.zero == 1:
+        return (8.0 + width) * _updates(config)
+    if config.parallel.zero == 2:
+        return width * (micro_batches + _updates(config))
+    return 3 * width * micro_batches
+
+
+def _passes(config: Config) -> list[tuple[Patterns, float]]:
+    """What the passes of a pair see, and how often each is made on average over pairs."""
+    main = [(config.patterns, 1.0)]
+    return main if config.sparse_patterns is None else [(config.sparse_patterns, 1 / config.train.sparse_every), *main]
+
+
+def _updates(config: Config) -> float:
+    """Optimizer updates of a pair, on average over pairs."""
+    return 1.0 if config.train.recipe == "summed" else sum(share for _, share in _passes(config))
 
 
 def measured_mfu(run_dir: Path) -> float:

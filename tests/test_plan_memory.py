@@ -27,9 +27,10 @@ def published(**changes) -> Config:
     return from_dict(tree)
 
 
-@pytest.mark.parametrize(
-    "step", rates.steps("H200"), ids=lambda step: f"{step.size} {step.gpus} {step.parallel} {step.micro_batch}"
-)
+TIMED = [step for step in rates.steps("H200") if step.size in scaling.SIZES]
+
+
+@pytest.mark.parametrize("step", TIMED, ids=lambda step: f"{step.size} {step.gpus} {step.parallel} {step.micro_batch}")
 def test_memory_within_ten_percent_and_speed_within_twenty_of_what_was_measured(step):
     """Every step that benchmarks/train.csv and mesh.csv have of the published shapes."""
     made = scaling.plan_of(step)
@@ -66,6 +67,39 @@ def test_work_is_shared_by_all_ranks_and_gradients_are_added_once_a_micro_batch(
     assert eight["launches"] == pytest.approx(alone["launches"] / 4)
     larger = plan.step_seconds(published(train={"micro_batch": 4}), Shape(), known)
     assert larger["adding gradients"] == pytest.approx(alone["adding gradients"] * published().train.micro_batch / 4)
+
+
+@pytest.mark.parametrize(
+    ("train", "of_zero_1", "of_zero_2", "of_zero_3"),
+    [
+        ({}, 20, 68, 192),
+        (
+            {"recipe": "summed"},
+            10,
+            66,
+            192,
+        ),  # one update: fp32 sums and new weights travel once; each micro-batch of ZeRO 2 and 3 as before
+        ({"sparse_every": 4}, 12.5, 42.5, 120),  # 1.25 passes and updates a pair
+    ],
+)
+def test_bytes_that_a_parameter_sends_in_a_pair_follow_passes_and_updates(train, of_zero_1, of_zero_2, of_zero_3):
+    """16 micro-batches over two ranks, each sending and receiving half. fp32 all-reduce 8, bf16 weights or gradients 2."""
+    gpu, half = plan.GPUS["H200"], 1_474_922_496 / 2
+    for zero, wanted in {1: of_zero_1, 2: of_zero_2, 3: of_zero_3}.items():
+        config = published(train={"global_batch": 64, "micro_batch": 2, **train}, parallel={"zero": zero})
+        seconds = plan.communication_seconds(config, Shape(data=2), gpu)["gradients and weights"]
+        assert seconds * 0.8 * gpu.nvlink == pytest.approx(wanted * half)
+
+
+def test_work_of_variants_of_the_recipe():
+    known = rates.measured("H200")
+    pair, summed, rare, alone = (
+        plan.step_seconds(published(train=train, attention=attention), Shape(), known)
+        for train, attention in (({}, {}), ({"recipe": "summed"}, {}), ({"sparse_every": 4}, {}), ({}, {"train_dilation": 1}))
+    )
+    assert summed == {**pair, "optimizer": pair["optimizer"] / 2}
+    for part in pair:
+        assert rare[part] == pytest.approx(alone[part] + (pair[part] - alone[part]) / 4)
 
 
 def test_states_of_one_parameter():
