@@ -2,6 +2,7 @@
 
 python -m examples.claim run --out DIR           make DIR/corpus if it is not there, train and measure every arm; DIR/ARM-SEED.json
 python -m examples.claim corpus DIR              the corpus alone, where there is a network
+python -m examples.claim repeats DIR             how much of it can be copied from far back; results/repeats.json
 python -m examples.claim report [RESULTS]        tables and figures of the README from RESULTS/EXPERIMENT/ARM-SEED.json
 """
 
@@ -66,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     corpus = commands.add_parser("corpus", help="fetch the text and make the shards")
     corpus.add_argument("folder", help="for packages, documents and shards")
     corpus.set_defaults(call=_corpus)
+    repeats = commands.add_parser("repeats", help="count what could be copied from far back in a sequence, by kind of text")
+    repeats.add_argument("folder", type=Path, help="a corpus")
+    repeats.add_argument("--to", type=Path, default=_HERE / "results" / "repeats.json", help="file to write (%(default)s)")
+    repeats.set_defaults(call=_repeats)
     report = commands.add_parser("report", help="write tables and figures from the results")
     report.add_argument(
         "results", nargs="?", default=str(_HERE / "results"), help="folder of EXPERIMENT/ARM-SEED.json (%(default)s)"
@@ -150,6 +155,13 @@ def _build(folder: Path) -> None:
 
     built = corpus.build(folder)
     print(f"{built.shards}: {built.train_tokens:,} tokens to train on, {built.validation_tokens:,} held out", file=sys.stderr)
+
+
+def _repeats(options: argparse.Namespace) -> int:
+    from examples.claim import repeats
+
+    repeats.write(options.folder, options.to)
+    return EXIT_OK
 
 
 def _report(options: argparse.Namespace) -> int:

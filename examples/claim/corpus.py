@@ -27,6 +27,7 @@ from megarat.demo import corpus as demo
 from megarat.errors import UserError
 
 HELD_OUT = 0.01  # of the documents
+TEXT = ("manuals", "prose")  # the kinds that the anchor's corpus had
 LIMIT_BYTES = 150_000_000
 _ENTRY_CHARACTERS = 300  # shorter entries of the dictionary are hardly prose
 _DOCUMENT_CHARACTERS = 6000  # short entries are joined to documents of about this length
@@ -133,8 +134,9 @@ DEBS = (
 def build(folder: str | Path, limit_bytes: int = LIMIT_BYTES, workers: int | None = None) -> Summary:
     """Fetch what is missing in ``folder/packages``, and make ``folder/shards`` (finished shards are kept).
 
-    Also makes ``folder/kinds/KIND``, the same documents apart by kind, with the same ones held out; and ``folder/sources.json``: bytes
-    and documents by source, licences and hashes. Raises ``UserError`` when a package cannot be had.
+    Also makes ``folder/kinds/KIND``, the same documents apart by kind, and ``folder/text``, those of kinds ``TEXT``, with the same ones
+    held out; and ``folder/sources.json``: bytes and documents by source, licences and hashes. Raises ``UserError`` when a package cannot
+    be had.
     """
     folder = Path(folder)
     packages = folder / "packages"
@@ -147,8 +149,11 @@ def build(folder: str | Path, limit_bytes: int = LIMIT_BYTES, workers: int | Non
         _write_sources(text, folder / "sources.json", notes)
     options = Options(held_out=HELD_OUT)
     built = build_shards.build([text], tokenizer, folder / "shards", options, workers=workers)
-    for documents in _split_by_kind(text, folder / "kinds"):
+    kinds = _split_by_kind(text, folder / "kinds")
+    for documents in kinds:
         build_shards.build([documents], tokenizer, documents.with_suffix(""), options, workers=workers)
+    if written := [documents for documents in kinds if documents.stem in TEXT]:
+        build_shards.build(written, tokenizer, folder / "text", options, workers=workers)
     held_out = built.validation.total_tokens if built.validation else 0
     return Summary(folder / "shards", built.train.total_tokens, held_out)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +91,7 @@ def adapted_loss(record: Record, reading: str, share: float = arms.LONG) -> floa
 
 def _adapted_scores(record: Record, share: float) -> list[Record]:
     """Scores of the adaptations that took this share of the pretraining's batches."""
-    batches = max(1, round(share * record["config"]["train"]["pairs"]))
+    batches = arms.batches_of(share, record["config"]["train"]["pairs"])
     return [row["score"] for row in record.get("adaptations", []) if row["batches"] == batches]
 
 
@@ -164,10 +164,14 @@ def _run_row(record: Record) -> list[str]:
 def losses_table(experiment: Experiment) -> str:
     """Held-out loss before adaptation: a line an arm, a column a reading."""
     rows = (
-        [arms.TITLES[arm], *(_cell(experiment.of(arm), _loss_of(reading)) for reading in arms.READINGS)]
+        [
+            arms.TITLES[arm],
+            str(len(experiment.of(arm))),
+            *(_cell(experiment.of(arm), _loss_of(reading)) for reading in arms.READINGS),
+        ]
         for arm in experiment.present
     )
-    return _table(("held-out loss, nats", *arms.READINGS), rows)
+    return _table(("held-out loss, nats", "seeds", *arms.READINGS), rows)
 
 
 def _loss_of(reading: str) -> Callable[[Record], float | None]:
@@ -175,12 +179,14 @@ def _loss_of(reading: str) -> Callable[[Record], float | None]:
 
 
 def adapted_table(experiment: Experiment) -> str:
-    """Held-out loss after the adaptation to the column's reading."""
-    rows = (
-        [arms.TITLES[arm], *(_cell(experiment.of(arm), _adapted_of(reading, arms.LONG)) for reading in arms.READINGS)]
-        for arm in experiment.present
-    )
-    return _table(("held-out loss after adaptation, nats", *arms.READINGS), rows)
+    """Held-out loss after the adaptation to the column's reading, with 1 % and 4 % of the pretraining's tokens."""
+    rows = []
+    for arm in experiment.present:
+        for share, name in ((arms.SHORT, "1 %"), (arms.LONG, "4 %")):
+            cells = [_cell(experiment.of(arm), _adapted_of(reading, share)) for reading in arms.READINGS]
+            if any(cell != "-" for cell in cells):
+                rows.append([arms.TITLES[arm], name, *cells])
+    return _table(("held-out loss after adaptation, nats", "tokens", *arms.READINGS), rows)
 
 
 def _adapted_of(reading: str, share: float) -> Callable[[Record], float | None]:
@@ -210,23 +216,27 @@ def _adapted_gap_of(reading: str) -> Callable[[Record], float | None]:
 
 
 def ratios_table(experiment: Experiment) -> str:
-    """How many times larger an arm's gap is than that of (a): of the pretrained weights, and of each at its best, adapted or not."""
+    """How many times larger an arm's gap is than that of (a): pretrained, both adapted, and each at its best, adapted or not."""
     readings = ("D=16", "D=64")
-    head = (
-        "gap as a multiple of that of (a)",
-        *(f"{reading}, {which}" for reading in readings for which in ("pretrained", "at its best")),
-    )
+    ways = {"pretrained": _gap_of, "adapted": _adapted_gap_of, "at its best": _best_gap_of}
+    head = ("gap as a multiple of that of (a)", *(f"{reading}, {way}" for reading in readings for way in ways))
     others = (arm for arm in experiment.present if arm != "ratplus")
-    return _table(head, ([arms.TITLES[arm], *_ratio_cells(experiment, arm, readings)] for arm in others))
+    rows = (
+        [arms.TITLES[arm], *(_ratio_cell(experiment, arm, way(reading)) for reading in readings for way in ways.values())]
+        for arm in others
+    )
+    return _table(head, rows)
 
 
-def _ratio_cells(experiment: Experiment, arm: str, readings: Sequence[str]) -> list[str]:
-    cells = []
-    for reading in readings:
-        for of in (_gap_of(reading), _best_gap_of(reading)):
-            theirs, ours = (spread(experiment.of(one), of) for one in (arm, "ratplus"))
-            cells.append("-" if theirs is None or ours is None else f"{theirs.mean / ours.mean:.1f}")
-    return cells
+def _ratio_cell(experiment: Experiment, arm: str, of: Callable[[Record], float | None]) -> str:
+    found = ratio(experiment, arm, of)
+    return "-" if found is None else f"{found:.1f}"
+
+
+def ratio(experiment: Experiment, arm: str, of: Callable[[Record], float | None]) -> float | None:
+    """An arm's mean over that of (a); None where one of them was not measured."""
+    theirs, ours = (spread(experiment.of(one), of) for one in (arm, "ratplus"))
+    return None if theirs is None or ours is None else theirs.mean / ours.mean
 
 
 def _best_gap_of(reading: str) -> Callable[[Record], float | None]:
@@ -238,22 +248,77 @@ def _best_gap_of(reading: str) -> Callable[[Record], float | None]:
 
 
 def adaptation_table(experiment: Experiment) -> str:
-    """What adaptation buys: loss before, after about 1 % and after about 4 % of the pretraining's batches."""
-    head = (
-        "held-out loss, nats",
-        *(f"{reading}{when}" for reading in ("D=16", "D=64") for when in (" before", " after 1 %", " after 4 %")),
-    )
+    """What adaptation buys: loss before, and after growing shares of the pretraining's batches."""
+    steps = ((arms.TINY, "0.25 %"), (arms.SHORT, "1 %"), (arms.LONG, "4 %"))
+    readings = ("D=16", "D=64")
+    names = ("before", *(f"after {name}" for _, name in steps))
     rows = (
         [
             arms.TITLES[arm],
             *(
                 _cell(experiment.of(arm), of)
-                for reading in ("D=16", "D=64")
-                for of in (_loss_of(reading), _adapted_of(reading, arms.SHORT), _adapted_of(reading, arms.LONG))
+                for reading in readings
+                for of in (_loss_of(reading), *(_adapted_of(reading, share) for share, _ in steps))
             ),
         ]
         for arm in experiment.present
     )
+    return _table(("held-out loss, nats", *(f"{reading} {name}" for reading in readings for name in names)), rows)
+
+
+def cache_table(experiment: Experiment) -> str:
+    """Perplexity, of the pretrained weights or adapted ones, whichever is lower, against the bytes of the cache of one sequence."""
+    first = experiment.present[0]
+    names = (f"perplexity, {_letter(arm)}" for arm in experiment.present)
+    dense = cache_mib(experiment, first, "dense")
+    rows = []
+    for reading in arms.READINGS:
+        size = cache_mib(experiment, first, reading)
+        places = [f"{size:.2f}", f"1/{dense / size:.0f}"] if dense and size else ["-", "-"]
+        rows.append([reading, *places, *(_cache_cell(experiment.of(arm), reading) for arm in experiment.present)])
+    return _table(("reading", f"KV cache of a sequence, {_letter(first)}, MiB", "of dense", *names), rows)
+
+
+def cache_mib(experiment: Experiment, arm: str, reading: str) -> float | None:
+    """The KV cache of a sequence under a reading, in MiB."""
+    for row in experiment.shown(arm)["scores"]:
+        if _plain(row["pattern"]) == reading:
+            return float(row["cache_bytes_per_sequence"]) / 2**20
+    return None
+
+
+def _cache_cell(records: Sequence[Record], reading: str) -> str:
+    found = spread(records, lambda record: _best_loss(record, reading))
+    return "-" if found is None else f"{math.exp(found.mean):.1f}"
+
+
+def _best_loss(record: Record, reading: str) -> float | None:
+    losses = [found for found in (loss(record, reading), adapted_loss(record, reading)) if found is not None]
+    return min(losses, default=None)
+
+
+def memory_table(experiment: Experiment) -> str:
+    """Gates and effective memory by layer, of the arms with a recurrence (one seed each)."""
+    head = (
+        "arm",
+        "layer",
+        "mean gate",
+        "95 % of the gates below",
+        "memory, tokens: mean",
+        "median",
+        "95 % of the channels below",
+        "99 %",
+    )
+    rows = [
+        [
+            arms.TITLES[arm],
+            str(number),
+            *(f"{layer['gate'][key]:.2f}" for key in ("mean", "q95")),
+            *(f"{layer['memory'][key]:.1f}" for key in ("mean", "q50", "q95", "q99")),
+        ]
+        for arm in experiment.present
+        for number, layer in enumerate(experiment.shown(arm).get("gates", []), start=1)
+    ]
     return _table(head, rows)
 
 
@@ -343,6 +408,95 @@ def _needle_cell(records: Sequence[Record], trained: str, reading: str, task: st
     return f"{sum(values) / len(values):.0f}" if values else "-"
 
 
+def checks_table(experiment: Experiment) -> str:
+    """What the claim says must be seen, and what was."""
+    return _table(("what must be seen", "measured", "seen"), [[*row] for row in _checks(experiment)])
+
+
+def _checks(experiment: Experiment) -> Iterator[tuple[str, str, str]]:
+    """(condition, figures, verdict); a verdict needs every arm that it names."""
+    dense = {arm: _mean(experiment, arm, _loss_of("dense")) for arm in arms.ARMS}
+    for other in ("attention-pair", "attention", "attention-once"):
+        yield _check(f"dense (a) not worse than dense {_letter(other)}", dense["ratplus"], dense[other], lambda a, b: a <= b)
+    for reading in ("D=16", "D=64"):
+        gaps = {arm: _mean(experiment, arm, _gap_of(reading)) for arm in arms.ARMS}
+        for other in ("recurrence", "recurrence-once"):
+            lowest = f"gap of (a) below that of {_letter(other)} at {reading}"
+            yield _check(lowest, gaps["ratplus"], gaps[other], lambda a, b: a < b, "+")
+            for rival in ("attention-pair", "attention" if other == "recurrence" else "attention-once"):
+                yield _check(
+                    f"gap of {_letter(other)} below that of {_letter(rival)} at {reading}",
+                    gaps[other],
+                    gaps[rival],
+                    lambda a, b: a < b,
+                    "+",
+                )
+        adapted = {arm: _mean(experiment, arm, _adapted_gap_of(reading)) for arm in arms.ARMS}
+        for other in ("attention-pair", "attention", "attention-once"):
+            fold = f"adapted to {reading}, the gap of {_letter(other)} at least 5 times that of (a)"
+            yield _check(fold, adapted["ratplus"], adapted[other], lambda a, b: b >= 5 * a, "+")
+    topk = {arm: _mean(experiment, arm, _topk_of(arms.TOPK[0])) for arm in ("ratplus", "attention-pair")}
+    yield _check(
+        "by 3 blocks of 64 keys, loss of (a) below that of (c)", topk["ratplus"], topk["attention-pair"], lambda a, b: a < b
+    )
+
+
+def _check(
+    condition: str, ours: float | None, theirs: float | None, holds: Callable[[float, float], bool], sign: str = ""
+) -> tuple[str, str, str]:
+    if ours is None or theirs is None:
+        return condition, "-", "not measured"
+    return condition, f"{ours:{sign}.3f}, {theirs:{sign}.3f}", "yes" if holds(ours, theirs) else "no"
+
+
+def _mean(experiment: Experiment, arm: str, of: Callable[[Record], float | None]) -> float | None:
+    found = spread(experiment.of(arm), of)
+    return None if found is None else found.mean
+
+
+def _letter(arm: str) -> str:
+    return arms.TITLES[arm].partition(" ")[0]
+
+
+def scaling_table(experiments: Sequence[Experiment]) -> str:
+    """Every size: gaps of (a), and how many times larger those of attention alone are."""
+    head = (
+        "experiment",
+        "parameters of (a)",
+        "tokens",
+        "dense (a)",
+        *(f"gap of (a), {reading}{when}" for reading in ("D=16", "D=64") for when in ("", ", adapted")),
+        *(f"{_letter(arm)} / (a), D=16 adapted" for arm in ("attention-pair", "attention", "attention-once")),
+    )
+    return _table(head, (_scaling_row(experiment) for experiment in sorted(experiments, key=_size) if experiment.of("ratplus")))
+
+
+def _size(experiment: Experiment) -> tuple[int, str]:
+    return max(record["parameters"] for record in experiment.records), experiment.name
+
+
+def _scaling_row(experiment: Experiment) -> list[str]:
+    records = experiment.of("ratplus")
+    return [
+        experiment.name,
+        f"{records[0]['parameters'] / 1e6:.1f} M",
+        f"{records[0]['pretraining']['tokens'] / 1e6:.1f} M",
+        _cell(records, _loss_of("dense")),
+        *(_cell(records, of(reading), "+") for reading in ("D=16", "D=64") for of in (_gap_of, _adapted_gap_of)),
+        *(_ratio_cell(experiment, arm, _adapted_gap_of("D=16")) for arm in ("attention-pair", "attention", "attention-once")),
+    ]
+
+
+def repeats_table(path: Path) -> str:
+    """How much of each kind of held-out text could be copied from far back."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = (
+        [kind, f"{row['tokens']:,}", f"{100 * row['from_afar']:.1f} %", f"{100 * row['from_nearby']:.1f} %"]
+        for kind, row in sorted(found.items(), key=lambda item: item[1]["from_afar"])
+    )
+    return _table(("held-out text", "tokens", "could be copied from more than 64 tokens back", "from nearer"), rows)
+
+
 TABLES: dict[str, Callable[[Experiment], str]] = {
     "runs": runs_table,
     "losses": losses_table,
@@ -350,24 +504,36 @@ TABLES: dict[str, Callable[[Experiment], str]] = {
     "gaps": gaps_table,
     "ratios": ratios_table,
     "adaptation": adaptation_table,
+    "cache": cache_table,
+    "memory": memory_table,
     "anchor": anchor_table,
     "kinds": kinds_table,
     "topk": topk_table,
     "needles": needles_table,
+    "checks": checks_table,
 }
 
 
-def fill(text: str, experiments: Sequence[Experiment]) -> str:
-    """The text with every table between its marks (``<!-- runs anchor -->``: table, experiment) written anew. Raises ``UserError``."""
+def fill(text: str, folder: str | Path) -> str:
+    """The text with every table between its marks written anew: ``<!-- runs small -->`` (table, experiment), ``<!-- scaling -->`` and
+    ``<!-- repeats -->``. Raises ``UserError``."""
+    experiments = read_results(folder)
     by_name = {experiment.name: experiment for experiment in experiments}
 
     def made(match: re.Match[str]) -> str:
         table, name = match[1], match[2]
-        if table not in TABLES or name not in by_name:
-            raise UserError(f"mark '{match[1]} {match[2]}': tables are {', '.join(TABLES)}, experiments {', '.join(by_name)}")
-        return f"<!-- {table} {name} -->\n{TABLES[table](by_name[name])}\n<!-- / -->"
+        if table == "scaling" and not name:
+            content = scaling_table(experiments)
+        elif table == "repeats" and not name:
+            content = repeats_table(Path(folder) / "repeats.json")
+        elif table in TABLES and name in by_name:
+            content = TABLES[table](by_name[name])
+        else:
+            known = f"tables are {', '.join(TABLES)}, experiments {', '.join(by_name)}; scaling and repeats stand alone"
+            raise UserError(f"mark '{' '.join(filter(None, (table, name)))}': {known}")
+        return f"<!-- {' '.join(filter(None, (table, name)))} -->\n{content}\n<!-- / -->"
 
-    return re.sub(r"<!-- (\w+) ([\w-]+) -->\n.*?<!-- / -->", made, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (\w+)(?: ([\w-]+))? -->\n.*?<!-- / -->", made, text, flags=re.DOTALL)
 
 
 # --- the figures --------------------------------------------------------------------------------------------------------------
@@ -415,11 +581,18 @@ def _draw_losses(experiment: Experiment, axis: Any) -> None:
 
 
 def _draw_perplexity(experiment: Experiment, axis: Any) -> None:
+    """Means of the seeds' losses; bars are half the seeds' range to both sides."""
+    readings = ("D=64", "D=16", "D=4", "dense")
     for color, arm in enumerate(experiment.present):
-        record = experiment.shown(arm)
-        _draw_cache(axis, record["scores"], arms.TITLES[arm], f"C{color}", "o-", 0.4)
-        if adapted := _adapted_scores(record, arms.LONG):
-            _draw_cache(axis, adapted, f"{arms.TITLES[arm]}, adapted", f"C{color}", "s--", 1.0)
+        title = arms.TITLES[arm]
+        for style, alpha, label, of in (("o-", 0.4, title, _loss_of), ("s--", 1.0, f"{title}, adapted", _adapted_by_4_percent)):
+            points = [
+                (size, found)
+                for reading in readings
+                if (size := cache_mib(experiment, arm, reading)) and (found := spread(experiment.of(arm), of(reading)))
+            ]
+            if len(points) > 1:
+                _draw_points(axis, points, style, color=f"C{color}", alpha=alpha, label=label)
     axis.set(
         xlabel="KV cache of a sequence, MiB (D = 64, 16, 4, dense)", ylabel="held-out perplexity", xscale="log", yscale="log"
     )
@@ -428,11 +601,15 @@ def _draw_perplexity(experiment: Experiment, axis: Any) -> None:
     axis.yaxis.set_minor_formatter("{x:g}")
 
 
-def _draw_cache(axis: Any, scores: Sequence[Record], label: str, color: str, style: str, alpha: float) -> None:
-    """Perplexity against cache bytes of the patterns without a window."""
-    rows = sorted((row for row in scores if ",W=256" not in row["pattern"]), key=lambda row: row["cache_bytes_per_sequence"])
-    sizes = [row["cache_bytes_per_sequence"] / 2**20 for row in rows]
-    axis.plot(sizes, [math.exp(row["loss"]) for row in rows], style, color=color, alpha=alpha, label=label)
+def _adapted_by_4_percent(reading: str) -> Callable[[Record], float | None]:
+    return _adapted_of(reading, arms.LONG)
+
+
+def _draw_points(axis: Any, points: Sequence[tuple[float, Spread]], style: str, **look: Any) -> None:
+    means = [math.exp(found.mean) for _, found in points]
+    reach = [[mean - math.exp(f.mean - f.half_range) for mean, (_, f) in zip(means, points, strict=True)]]
+    reach.append([math.exp(f.mean + f.half_range) - mean for mean, (_, f) in zip(means, points, strict=True)])
+    axis.errorbar([size for size, _ in points], means, yerr=reach, fmt=style, capsize=2, **look)
 
 
 def _draw_memory(experiment: Experiment, axis: Any) -> None:
@@ -451,5 +628,5 @@ def write(folder: str | Path, readme: str | Path) -> list[Path]:
     readme = Path(readme)
     figures = readme.parent / "figures"
     figures.mkdir(exist_ok=True)
-    readme.write_text(fill(readme.read_text(encoding="utf-8"), experiments), encoding="utf-8")
+    readme.write_text(fill(readme.read_text(encoding="utf-8"), folder), encoding="utf-8")
     return [readme, *(path for experiment in experiments for path in draw(experiment, figures))]

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from examples.claim import __main__ as claim
-from examples.claim import arms, corpus, life, report
+from examples.claim import arms, corpus, life, repeats, report
 from examples.claim.__main__ import main
 from megarat.data.reader import TokenReader
 from megarat.data.tokenizer import load_tokenizer
@@ -150,6 +150,13 @@ def test_kinds_hold_out_the_same_documents(built):
     whole, *kinds = (folder / "validation" for folder in (built / "shards", *(built / "kinds").glob("*[!l]")))
     held_out = [TokenReader(folder).index.total_documents for folder in kinds if folder.is_dir()]
     assert sum(held_out) == TokenReader(whole).index.total_documents
+
+
+def test_the_text_is_that_of_its_kinds(built):
+    expected = sum(
+        TokenReader(built / "kinds" / kind / "train").num_tokens for kind in corpus.TEXT if (built / "kinds" / kind).is_dir()
+    )
+    assert TokenReader(built / "text" / "train").num_tokens == expected > 0
 
 
 def test_the_shards_hold_the_documents(built, tokenizer):
@@ -365,33 +372,114 @@ def test_a_stop_is_passed_on_and_nothing_is_started_after_it(toy, built, tmp_pat
 
 
 def made_up(arm: str, seed: int, losses: dict[str, float], adapted: dict[str, float]) -> dict:
-    rows = [{"pattern": reading, "loss": value, "cache_bytes_per_sequence": 1} for reading, value in losses.items()]
+    rows = [{"pattern": reading, "loss": value, "cache_bytes_per_sequence": 2**20} for reading, value in losses.items()]
     changed = [{"batches": 41, "score": {"pattern": reading, "loss": value}} for reading, value in adapted.items()]
-    return {"arm": arm, "seed": seed, "config": {"train": {"pairs": 1000}}, "scores": rows, "adaptations": changed}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "config": {"train": {"pairs": 1000}},
+        "parameters": 1_000_000,
+        "pretraining": {"tokens": 2_000_000},
+        "scores": rows,
+        "adaptations": changed,
+    }
 
 
-def test_gaps_are_differences_of_losses_and_seeds_are_averaged():
-    experiment = report.Experiment(
+@pytest.fixture
+def two_arms() -> report.Experiment:
+    """Two seeds of (a), one of (c) and one of (d)."""
+    return report.Experiment(
         "toy",
         [
             made_up("ratplus", 1, {"dense": 3.0, "D=16,W=0,I=0": 3.2}, {"D=16,W=0,I=0": 3.1}),
             made_up("ratplus", 2, {"dense": 3.1, "D=16,W=0,I=0": 3.4}, {"D=16,W=0,I=0": 3.3}),
+            made_up("attention-pair", 1, {"dense": 3.2, "D=16,W=0,I=0": 4.2}, {"D=16,W=0,I=0": 4.1}),
+            made_up("attention", 1, {"dense": 3.0, "D=16,W=0,I=0": 4.5}, {"D=16,W=0,I=0": 3.6}),
         ],
     )
-    row = report.gaps_table(experiment).splitlines()[2].split(" | ")
-    assert row[1:3] == ["+0.250 ± 0.050", "+0.150 ± 0.050"]
-    row = report.losses_table(experiment).splitlines()[2].split(" | ")
-    assert row[1] == "3.050 ± 0.050"
-    assert row[3] == "3.300 ± 0.100"
-    anchor = next(line for line in report.anchor_table(experiment).splitlines() if "sparse + dense pair | D=16 |" in line)
-    assert "| +0.206 | +0.250 ± 0.050 | +0.044 |" in anchor
 
 
-def test_marks_that_name_nothing_are_refused():
-    with pytest.raises(UserError, match="mark 'lossses toy'"):
-        report.fill("<!-- lossses toy -->\n<!-- / -->", [report.Experiment("toy", [])])
+def row_of(table: str, *start: str) -> list[str]:
+    """The cells behind the first ones of the row that they begin."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    [found] = [row for row in rows if row[: len(start)] == list(start)]
+    return found[len(start) :]
+
+
+def test_gaps_are_differences_of_losses_and_seeds_are_averaged(two_arms):
+    title = arms.TITLES["ratplus"]
+    assert row_of(report.gaps_table(two_arms), title)[:2] == ["+0.250 ± 0.050", "+0.150 ± 0.050"]
+    assert row_of(report.losses_table(two_arms), title)[:4] == ["2", "3.050 ± 0.050", "-", "3.300 ± 0.100"]
+    assert row_of(report.anchor_table(two_arms), title, "D=16") == ["+0.206", "+0.250 ± 0.050", "+0.044"]
+    assert row_of(report.adapted_table(two_arms), title, "4 %")[2] == "3.200 ± 0.100"
+    assert row_of(report.adaptation_table(two_arms), title)[:4] == ["3.300 ± 0.100", "-", "-", "3.200 ± 0.100"]
+    assert row_of(report.cache_table(two_arms), "D=16")[2] == f"{math.exp(3.2):.1f}"  # adapted, which is the lower one
+
+
+def test_ratios_are_those_of_the_mean_gaps(two_arms):
+    """(c): 1.0 / 0.25, adapted 0.9 / 0.15; (d): 1.5 / 0.25, adapted 0.6 / 0.15."""
+    table = report.ratios_table(two_arms)
+    assert row_of(table, arms.TITLES["attention-pair"])[:3] == ["4.0", "6.0", "6.0"]
+    assert row_of(table, arms.TITLES["attention"])[:3] == ["6.0", "4.0", "4.0"]
+    scaling = row_of(report.scaling_table([two_arms]), "toy")
+    assert scaling[:3] == ["1.0 M", "2.0 M", "3.050 ± 0.050"] and scaling[-3:] == ["6.0", "4.0", "-"]
+
+
+def test_what_must_be_seen_is_said_of_what_was_measured(two_arms):
+    table = report.checks_table(two_arms)
+    assert row_of(table, "dense (a) not worse than dense (c)") == ["3.050, 3.200", "yes"]
+    assert row_of(table, "dense (a) not worse than dense (d)") == ["3.050, 3.000", "no"]
+    assert row_of(table, "adapted to D=16, the gap of (c) at least 5 times that of (a)") == ["+0.150, +0.900", "yes"]
+    assert row_of(table, "adapted to D=16, the gap of (d) at least 5 times that of (a)") == ["+0.150, +0.600", "no"]
+    assert row_of(table, "gap of (a) below that of (b) at D=16") == ["-", "not measured"]
+
+
+def test_the_gates_of_a_life_are_told_by_layer(record):
+    [gate, *_] = row_of(report.memory_table(report.Experiment("toy", [record])), arms.TITLES["ratplus"], "1")
+    assert gate == f"{record['gates'][0]['gate']['mean']:.2f}"
+
+
+def test_every_table_and_figure_can_be_made_of_a_life(record, tmp_path):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "ratplus-1005.json").write_text(json.dumps(record), encoding="utf-8")
+    readme = tmp_path / "README.md"
+    readme.write_text("".join(f"<!-- {table} toy -->\nold\n<!-- / -->\n" for table in report.TABLES), encoding="utf-8")
+    assert main(["report", str(tmp_path), "--readme", str(readme)]) == 0
+    assert "old" not in readme.read_text(encoding="utf-8")
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"toy-loss.png", "toy-perplexity.png", "toy-memory.png"}
+
+
+@pytest.mark.parametrize("mark", ["lossses toy", "losses tox", "scaling toy", "losses"])
+def test_marks_that_name_nothing_are_refused(mark, tmp_path):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "ratplus-1.json").write_text(json.dumps(made_up("ratplus", 1, {"dense": 3.0}, {})), encoding="utf-8")
+    with pytest.raises(UserError, match=f"mark '{mark}'"):
+        report.fill(f"<!-- {mark} -->\n<!-- / -->", tmp_path)
+
+
+def test_what_could_be_copied_from_afar_is_counted_as_by_comparing_every_pair():
+    generator = random.Random(1)
+    sequences = [[generator.choice((1, 1, 2)) for _ in range(300)], [7] * 80, [5, 6], list(range(100)) * 2]
+    afar = nearby = tokens = 0
+    for ids in sequences:
+        for place in range(3, len(ids)):
+            tokens += 1
+            earlier = [before for before in range(3, place) if ids[before - 3 : before] == ids[place - 3 : place]]
+            if earlier and ids[earlier[-1]] == ids[place]:
+                afar += place - earlier[-1] > 64
+                nearby += place - earlier[-1] <= 64
+    assert afar > 90 and nearby > 70
+    assert repeats.count(sequences) == (tokens, afar / tokens, nearby / tokens)
+
+
+def test_repeats_are_counted_by_kind(built, tmp_path, monkeypatch):
+    monkeypatch.setattr(repeats, "_LENGTH", 64)
+    assert main(["repeats", str(built), "--to", str(tmp_path / "repeats.json")]) == 0
+    found = json.loads((tmp_path / "repeats.json").read_text(encoding="utf-8"))
+    assert set(found) == {"all", "prose"} and found["all"] == found["prose"]
+    assert main(["repeats", str(tmp_path)]) == 2
 
 
 def test_the_readme_says_what_the_results_say():
     text = README.read_text(encoding="utf-8")
-    assert report.fill(text, report.read_results(README.parent / "results")) == text
+    assert report.fill(text, README.parent / "results") == text
