@@ -147,6 +147,16 @@ class TrainConfig:
         False,
         "Matrix products of the layers in FP8 with one scale a tensor (needs an H100 or newer); weights, moments and the rest stay.",
     )
+    weight_gradients: Literal["separate", "product", "apex"] = setting(
+        "separate",
+        "How weight gradients of the layers reach their fp32 sums: `separate` adds what a product wrote in bf16; `product`: the product adds "
+        "it itself, unrounded; `apex`: the same by NVIDIA apex's wgrad_gemm_accum_fp32.",
+    )
+    cuda_graphs: bool = setting(
+        False,
+        "Replay forward and backward of all micro-batches of an update but the last as one recording; activations are held twice.",
+    )
+    loss_chunk: int = setting(0, "Tokens whose logits exist at a time; 0 = as many as 768 MB of them hold.")
     deterministic: bool = setting(
         False,
         "Only kernels whose results repeat bit for bit, also on a GPU: a resumed run then equals the uninterrupted one exactly.",
@@ -171,6 +181,9 @@ class OptimConfig:
     beta1: float = setting(0.9, "AdamW beta 1.")
     beta2: float = setting(0.95, "AdamW beta 2.")
     eps: float = setting(1e-8, "AdamW epsilon.")
+    implementation: Literal["torch", "apex"] = setting(
+        "torch", "Who steps: torch's AdamW (its fused kernel on GPUs), or FusedAdam of NVIDIA's apex where that is installed."
+    )
     weight_decay: float = setting(0.1, "Decoupled weight decay.")
     no_decay: Literal["nothing", "norms", "norms_and_embedding"] = setting(
         "nothing", "What weight decay leaves out (the recipe decays everything)."
@@ -329,6 +342,10 @@ def validate(config: Config, source: str = "config") -> None:
         _validate_fp8(config, source)
     if config.train.compile:
         _validate_compile(config, source)
+    if config.train.weight_gradients != "separate":
+        _validate_weight_gradients(config, source)
+    if config.train.cuda_graphs:
+        _validate_cuda_graphs(config, source)
     mesh.check(config, source=source)
     try:
         _ = config.patterns, config.sparse_patterns
@@ -343,7 +360,7 @@ _POSITIVE = (
     "parallel.tensor parallel.pipeline parallel.context checkpoint.every checkpoint.keep guard.window log.every"
 ).split()
 _NOT_NEGATIVE = (
-    "data.limit_tokens data.max_epochs data.validation_tokens optim.min_lr optim.warmup optim.weight_decay optim.clip "
+    "train.loss_chunk data.limit_tokens data.max_epochs data.validation_tokens optim.min_lr optim.warmup optim.weight_decay optim.clip "
     "checkpoint.keep_every train.wall_clock_minutes train.validate_every train.seed guard.deviations guard.rollback_after guard.max_rollbacks "
     "guard.hang_minutes guard.slow_every"
 ).split()
@@ -391,8 +408,38 @@ def _validate_compile(config: Config, source: str) -> None:
         ("parallel.recompute", ("off", "full"), "the compiler itself decides what is kept and what is made again"),
         ("train.fp8", False, "FP8 layers replace the products that would be compiled"),
     ):
-        if get(config, key) not in (legal if isinstance(legal, tuple) else (legal,)):
-            raise UserError(f"{source}: train.compile with {key} = {get(config, key)}: {reason}; set train.compile=false")
+        _refuse(config, source, "train.compile", "false", key, legal if isinstance(legal, tuple) else (legal,), reason)
+
+
+def _validate_weight_gradients(config: Config, source: str) -> None:
+    for key, legal, reason in (
+        ("parallel.zero", (1,), "ZeRO 2 and 3 hand gradients on as they are made and keep no sums of whole matrices"),
+        ("parallel.pipeline", (1,), "a pipeline's sums are DeepSpeed's own"),
+        ("parallel.tensor", (1,), "ranks that share layers overlap these products with messages"),
+        ("train.fp8", (False,), "FP8 products cannot add to fp32 sums"),
+        ("train.compile", (False,), "compiled layers make their products themselves"),
+        ("train.precision", ("auto", "bf16"), "gradients in fp32 are already added without rounding"),
+    ):
+        _refuse(config, source, f"train.weight_gradients = {config.train.weight_gradients}", "separate", key, legal, reason)
+
+
+def _validate_cuda_graphs(config: Config, source: str) -> None:
+    for key, legal, reason in (
+        ("parallel.zero", (1,), "ZeRO 2 and 3 communicate in every micro-batch"),
+        ("parallel.pipeline", (1,), "a pipeline has an order of its own"),
+        ("parallel.tensor", (1,), "ranks that share layers communicate inside of them"),
+        ("parallel.context", (1,), "ranks that share sequences communicate inside of layers"),
+        ("data.documents", ("packed",), "how documents lie changes from batch to batch, and with it what is launched"),
+        ("train.precision", ("auto", "bf16"), "gradients need a place that never moves, which fp32 sums of bf16 gradients have"),
+    ):
+        _refuse(config, source, "train.cuda_graphs", "false", key, legal, reason)
+
+
+def _refuse(config: Config, source: str, switch: str, off: str, key: str, legal: tuple[Any, ...], reason: str) -> None:
+    """Refuses a switch that does not go with the value of ``key``."""
+    if get(config, key) not in legal:
+        name = switch.partition(" ")[0]
+        raise UserError(f"{source}: {switch} with {key} = {get(config, key)}: {reason}; set {name}={off}")
 
 
 def _validate_optimizer(optim: OptimConfig, source: str) -> None:

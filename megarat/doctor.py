@@ -107,8 +107,10 @@ def _cpu_precision() -> Finding:
 def _kernels() -> Finding:
     from megarat.ops.dispatch import ops_mode, triton_missing
 
-    if ops_mode() == "reference":
-        return Finding(NOTE, "ops", "torch references everywhere (MEGARAT_OPS=reference)", "unset MEGARAT_OPS to use the kernels")
+    mode = ops_mode()
+    if mode != "auto":
+        which = mode.partition(":")[2] or "everywhere"
+        return Finding(NOTE, "ops", f"torch references {which} (MEGARAT_OPS={mode})", "unset MEGARAT_OPS to use the kernels")
     import torch
 
     missing = triton_missing()
@@ -153,7 +155,7 @@ def _apex() -> Finding:
     from megarat.engine import apex_fused_adam
 
     if apex_fused_adam() is not None:
-        return Finding(OK, "apex", "NVIDIA's, its FusedAdam is used on GPUs")
+        return Finding(OK, "apex", "NVIDIA's; optim.implementation=apex and train.weight_gradients=apex can use it")
     if importlib.util.find_spec("apex") is not None:
         return Finding(
             NOTE, "apex", "a package of that name is installed, but it is not NVIDIA's; it is ignored", "pip uninstall apex"

@@ -32,12 +32,14 @@ import torch
 from torch import Tensor, nn
 
 from megarat.config import Config, OptimConfig
+from megarat.cuda_graphs import RecordedMicroBatches
 from megarat.errors import UserError
 from megarat.mesh import ENDS, MODEL, REPLICAS, TENSOR, Mesh
 from megarat.model import names
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import Patterns
 from megarat.ops import accumulate_, fp8_missing
+from megarat.ops.summed_linear import add_outer_, apex_add_outer_, apex_missing, summed_linear
 from megarat.parallel.fragments import Fragments, cut, gather
 
 # Inputs and labels, and the document of each token where documents are kept apart; (b, T) int64 each; label -100 is ignored.
@@ -48,7 +50,11 @@ MASTER, FIRST_MOMENT, SECOND_MOMENT = STATE_KINDS = ("master", "exp_avg", "exp_a
 
 _LAZY_MODULES = (  # that DeepSpeed imports when an engine is built
     "torch._dynamo",
+    "torch.utils.serialization",
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.bf16_optimizer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.stage_1_and_2",
@@ -104,6 +110,9 @@ class Engine:
         self._adamw = optimizer
         if self._has_bf16_optimizer:
             self._optimizer._update_hp_grad = functools.partial(_add_gradient, self._optimizer)
+        if config.train.weight_gradients != "separate":
+            self._sum_in_products(config.train.weight_gradients)
+        self._recorded = self._recorded_micro_batches() if config.train.cuda_graphs else None
         if self.precision == "bf16":  # masters start from the fp32 initialisation, not from its bf16 rounding
             for name, parameter in self.model.named_parameters():
                 flat, first = self._own_part(parameter, MASTER)
@@ -199,11 +208,50 @@ class Engine:
         for number, patterns in enumerate(passes):
             for index, micro_batch in enumerate(on_device):
                 is_last = number == len(passes) - 1 and index == len(on_device) - 1
-                self._engine.set_gradient_accumulation_boundary(is_last)
-                loss = self._forward(micro_batch, patterns)
-                self._backward(loss)
-                total[number] += loss.detach().float()
+                total[number] += self._add_micro_batch(micro_batch, patterns, is_last)
         return total
+
+    def _add_micro_batch(self, micro_batch: Sequence[Tensor], patterns: Patterns, is_last: bool) -> Tensor:
+        """Adds a micro-batch's gradients to the sums, which the last one of an update reduces over replicas; its loss in fp32."""
+        if self._recorded is not None and not is_last and (loss := self._recorded.loss(micro_batch, patterns)) is not None:
+            return loss.float()
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        loss = self._forward(micro_batch, patterns)
+        self._backward(loss)
+        if self._recorded is not None:
+            self._recorded.met(patterns)
+        return loss.detach().float()
+
+    def _recorded_micro_batches(self) -> RecordedMicroBatches:
+        if not (self.mesh.device.type == "cuda" and self._has_bf16_optimizer):
+            raise UserError(
+                f"train.cuda_graphs in {self.precision} on {self.mesh.device.type}: needs a GPU and bf16; set it to false"
+            )
+        return RecordedMicroBatches(self._model, self.micro_batches)
+
+    def _sum_in_products(self, how: str) -> None:
+        """Let the layers' products add weight gradients to DeepSpeed's fp32 sums, which stay where they are for good."""
+        if not self._has_bf16_optimizer:
+            raise UserError(
+                f"train.weight_gradients = {how} in {self.precision}: needs bf16; set train.weight_gradients=separate"
+            )
+        if how == "apex" and (reason := apex_missing()):
+            raise UserError(f"train.weight_gradients = apex: {reason}; set train.weight_gradients=product")
+        optimizer = self._optimizer
+        places = {id(weight): (g, i) for g, group in enumerate(optimizer.bf16_groups) for i, weight in enumerate(group)}
+
+        def note(group: int, index: int) -> None:
+            optimizer.fp32_groups_has_gradients[group][index] = True
+
+        for linear in (linear for block in self.model.blocks for linear in block.linears):
+            group, index = places[id(linear.weight)]
+            total_FC = optimizer.fp32_groups_gradients[group][index].view(linear.weight.shape)
+            linear.product = functools.partial(
+                summed_linear,
+                total_FC=total_FC,
+                note=functools.partial(note, group, index),
+                add_outer=apex_add_outer_ if how == "apex" else add_outer_,
+            )
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch], patterns: Patterns) -> tuple[float, int]:
@@ -577,9 +625,13 @@ def _parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, An
 
 
 def _adamw(groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW: torch's (fused on a GPU), or apex's FusedAdam where NVIDIA's apex is installed."""
+    """AdamW: torch's (fused on a GPU), or apex's FusedAdam."""
     settings: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
-    if device.type == "cuda" and (fused_adam := apex_fused_adam()):
+    if optim.implementation == "apex":
+        if device.type != "cuda" or (fused_adam := apex_fused_adam()) is None:
+            raise UserError(
+                "optim.implementation = apex: needs a GPU and NVIDIA's apex with its CUDA extensions; set it to torch"
+            )
         return fused_adam(groups, adam_w_mode=True, **settings)  # type: ignore[no-any-return]
     return torch.optim.AdamW(groups, fused=device.type == "cuda", **settings)
 

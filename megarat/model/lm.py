@@ -28,7 +28,7 @@ from megarat.ops import fp8_linear, rotary_tables
 from megarat.parallel.context import WHOLE, ContextParallel
 from megarat.parallel.fragments import Piece
 from megarat.parallel.pipeline import balance, head_cost, layer_costs
-from megarat.parallel.tensor import ALONE, TensorParallel, VocabularyEmbedding
+from megarat.parallel.tensor import ALONE, ColumnLinear, RowLinear, TensorParallel, VocabularyEmbedding
 
 _DRAWING_THREADS = 8
 
@@ -42,6 +42,11 @@ class Block(nn.Module):
         self.ffn = FeedForward(config.hidden, config.ffn_multiple, config.norm_eps, ranks)
         self.eps = config.norm_eps
         self.compiled = False  # see ``megarat.model.compiled``
+
+    @property
+    def linears(self) -> tuple[ColumnLinear | RowLinear, ...]:
+        """The matrices of this layer."""
+        return self.mixer.in_proj, self.mixer.out_proj, self.ffn.up, self.ffn.down
 
     def forward(
         self,
@@ -233,8 +238,10 @@ def local_model(config: Config, mesh: Mesh) -> RATPlusLM:
         block.mixer.recompute = block.ffn.recompute = config.parallel.recompute == "selective"
         block.compiled = config.train.compile
         if config.train.fp8:
-            for linear in (block.mixer.in_proj, block.mixer.out_proj, block.ffn.up, block.ffn.down):
+            for linear in block.linears:
                 linear.product = fp8_linear
+    if config.train.loss_chunk and model.is_last:
+        model.embedding.loss_chunk = config.train.loss_chunk
     return model
 
 

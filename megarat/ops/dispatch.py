@@ -1,8 +1,8 @@
 """Which implementation of an op runs: the Triton kernels or the plain torch reference.
 
 `MEGARAT_OPS=auto` (the default) takes the kernels on CUDA tensors whenever they serve the call and the GPU, and falls back to the
-reference with one warning per op and reason. `MEGARAT_OPS=reference` forces the reference everywhere. A caller that passes `backend=`
-explicitly gets exactly that backend or a `ValueError`.
+reference with one warning per op and reason. `MEGARAT_OPS=reference` forces the reference everywhere, `MEGARAT_OPS=reference:parts,rms_norm`
+that of the named operations. A caller that passes `backend=` explicitly gets exactly that backend or a `ValueError`.
 
 Tiles come from the tables at the top of each kernel module, never from tuning at run time: no training step stalls, and all ranks make
 equal choices, also where their GPUs differ. The tables were timed on an H200. An H100 is the same processor with slower memory; other
@@ -20,6 +20,10 @@ import torch
 from megarat.errors import UserError
 
 BACKENDS = ("triton", "reference")
+OPERATIONS = (
+    "accumulate_", "apply_rotary", "decode_step", "dilated_attention", "fp8_linear", "gated_scan", "gelu_and_gradient",
+    "linear_cross_entropy", "output_gate", "parts", "rms_norm",
+)  # fmt: skip
 LEAST_CAPABILITY = (8, 0)  # bf16 matrix units and asynchronous copies
 TIMED_CAPABILITY = (9, 0)  # H100, H200, GH200
 _warned: set[tuple[str, str]] = set()
@@ -28,11 +32,20 @@ _gpu_reasons: dict[torch.device, str | None] = {}
 
 
 def ops_mode() -> str:
-    """The process-wide switch: "auto" or "reference"."""
+    """The process-wide switch: "auto", "reference", or "reference:" and names of operations."""
     mode = os.environ.get("MEGARAT_OPS", "auto")
-    if mode not in ("auto", "reference"):
-        raise UserError(f"MEGARAT_OPS={mode!r} in the environment is neither 'auto' nor 'reference'")
+    kind, colon, names = mode.partition(":")
+    unknown = set(names.split(",")) - set(OPERATIONS) if colon else set()
+    if kind not in ("auto", "reference") or (colon and kind == "auto") or unknown:
+        raise UserError(
+            f"MEGARAT_OPS={mode!r} in the environment: write 'auto', 'reference', or 'reference:' and some of {', '.join(OPERATIONS)}"
+        )
     return mode
+
+
+def _wants_reference(op: str) -> bool:
+    kind, colon, names = ops_mode().partition(":")
+    return kind == "reference" and (not colon or op in names.split(","))
 
 
 def triton_missing() -> str | None:
@@ -74,7 +87,7 @@ def choose_backend(op: str, requested: str | None, tensor: torch.Tensor, unsuppo
         raise ValueError(f"{op}: backend='triton' was asked for, but {unsupported}")
     if requested is not None:
         return requested
-    if ops_mode() == "reference" or not tensor.is_cuda:
+    if _wants_reference(op) or not tensor.is_cuda:
         return "reference"
     unsupported = unsupported or gpu_unsupported(tensor.device)
     if unsupported:

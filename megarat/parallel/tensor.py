@@ -143,6 +143,7 @@ class VocabularyEmbedding(nn.Module):
         self.ranks = ranks
         self.rows = ranks.share(vocabulary)  # ZeRO 3 shows an empty weight between uses
         self.first_row = ranks.rank * self.rows
+        self.loss_chunk: int | None = None  # tokens whose logits exist at a time; None leaves it to the operation
         self.weight = matrix(self.rows, width, ranks)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
@@ -161,9 +162,15 @@ class VocabularyEmbedding(nn.Module):
     def cross_entropy(self, hidden_NC: Tensor, labels_N: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
         """Loss of entered hidden states and the number of labels that count, equal on all ranks; see ``linear_cross_entropy``."""
         if self.ranks.size == 1:
-            return linear_cross_entropy(hidden_NC, self.weight, labels_N, reduction=reduction)
+            return linear_cross_entropy(hidden_NC, self.weight, labels_N, reduction=reduction, chunk=self.loss_chunk)
         return linear_cross_entropy(
-            hidden_NC, self.weight, labels_N, reduction=reduction, vocab_start=self.first_row, combine=self._combine
+            hidden_NC,
+            self.weight,
+            labels_N,
+            reduction=reduction,
+            chunk=self.loss_chunk,
+            vocab_start=self.first_row,
+            combine=self._combine,
         )
 
     def _combine(self, own: Statistics) -> Statistics:

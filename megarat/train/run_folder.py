@@ -32,12 +32,13 @@ from megarat.log import METRICS, last_recorded_pair
 
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 
-# Keys that change neither the model nor the token stream nor the arithmetic of an update: free between two starts of a run.
+# Keys that change neither the model nor the token stream nor, but for the order of sums, an update: free between two starts of a run.
 # ``data.shards`` may move; that its content is the same is checked by the hash of its index.
 _FREE_KEYS = frozenset(
     (
         "run.dir run.device data.shards data.max_epochs data.validation data.validation_tokens data.cache data.cache_gb data.prefetch "
-        "train.pairs train.micro_batch train.wall_clock_minutes train.validate_every train.max_skipped"
+        "train.pairs train.micro_batch train.weight_gradients train.cuda_graphs train.loss_chunk train.wall_clock_minutes "
+        "train.validate_every train.max_skipped optim.implementation"
     ).split()
 )
 _FREE_SECTIONS = ("checkpoint.", "guard.", "log.", "parallel.")
@@ -129,7 +130,7 @@ def _check_same_run(run_dir: Path, before: Config, now: Config) -> None:
             f"run.dir {run_dir} belongs to a run with another config:\n  "
             + "\n  ".join(changed)
             + "\nset these keys back to continue it, or give this run another run.dir (train.pairs may be raised; checkpoint.*, guard.*, log.*, "
-            "parallel.*, train.micro_batch may change)"
+            "parallel.*, train.micro_batch and other switches of speed alone may change)"
         )
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +38,25 @@ def test_the_switch_forces_the_reference(monkeypatch):
     monkeypatch.setenv("MEGARAT_OPS", "fast")
     with pytest.raises(UserError, match="MEGARAT_OPS='fast'"):
         dispatch.choose_backend("op", None, OnGpu(), None)
+
+
+def test_the_switch_forces_the_reference_of_named_operations(monkeypatch):
+    monkeypatch.setenv("MEGARAT_OPS", "reference:parts,rms_norm")
+    chosen = {op: dispatch.choose_backend(op, None, OnGpu(), None) for op in dispatch.OPERATIONS}
+    assert {op for op, backend in chosen.items() if backend == "reference"} == {"parts", "rms_norm"}
+    for wrong in ("reference:norm", "reference:", "auto:parts", "reference:parts rms_norm"):
+        monkeypatch.setenv("MEGARAT_OPS", wrong)
+        with pytest.raises(UserError, match="write 'auto', 'reference', or 'reference:' and some of accumulate_, "):
+            dispatch.choose_backend("parts", None, OnGpu(), None)
+
+
+def test_every_operation_can_be_named():
+    """The names are those that the operations ask with."""
+    folder = Path(dispatch.__file__).parent
+    asked = {
+        name for file in folder.glob("*.py") for name in re.findall(r'choose_backend\("(\w+)"', file.read_text(encoding="utf-8"))
+    }
+    assert asked == set(dispatch.OPERATIONS)
 
 
 def test_an_unsupported_call_falls_back_with_one_warning_per_reason():
