@@ -172,6 +172,7 @@ def _add_serve(verbs: Any) -> None:
     parser.add_argument("--max-length", type=_positive, help="tokens of a prompt and its answer together (default: as trained)")
     parser.add_argument("--tokenizer", help="tokenizer file or folder (default: the one stored with the checkpoint)")
     _add_device(parser)
+    _add_tensor(parser)
     parser.set_defaults(run=_serve)
 
 
@@ -349,6 +350,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         tokenizer=arguments.tokenizer,
         device=arguments.device,
         precision=arguments.precision,
+        tensor=arguments.tensor,
     )
 
 

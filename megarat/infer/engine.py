@@ -132,6 +132,12 @@ class Engine:
 
     def submit(self, request: Request) -> Generation:
         """Queue a request. Raises ``UserError`` for one that is empty, too long, or has ids the model lacks."""
+        generation = self.prepare(request)
+        self.queue(generation)
+        return generation
+
+    def prepare(self, request: Request) -> Generation:
+        """A request that can be served, not queued yet; safe while another thread steps. Raises ``UserError`` as ``submit``."""
         if not request.ids:
             raise UserError("prompt: it is empty; give at least one token")
         if request.max_new_tokens < 1:
@@ -148,9 +154,11 @@ class Engine:
             )
         if not 0 <= min(request.ids) <= max(request.ids) < self.config.vocab:
             raise UserError(f"prompt: has token ids outside the model's vocabulary of {self.config.vocab}")
-        generation = Generation(request, self._tokenizer)
+        return Generation(request, self._tokenizer)
+
+    def queue(self, generation: Generation) -> None:
+        """Let a prepared request wait for its row."""
         self._waiting.append(generation)
-        return generation
 
     def step(self) -> list[Generation]:
         """Read prompts into free rows, start a step of the device, and take the tokens drawn before it.

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from megarat.errors import UserError
 
+_COLDEST = 1e-6  # smaller temperatures are taken as this: logits over less than that are no numbers any more in fp32
+_MILDEST, _HARSHEST = 0.01, 100.0  # repetition penalties, likewise
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -31,8 +34,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.repetition_penalty > 0):  # so that NaN is refused too
-            raise UserError(f"sampling: {self}: need temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0")
+        is_penalty = _MILDEST <= self.repetition_penalty <= _HARSHEST
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and is_penalty):  # so that NaN is refused too
+            raise UserError(
+                f"sampling: {self}: need temperature >= 0, 0 < top_p <= 1 and a repetition_penalty from {_MILDEST} to {_HARSHEST}"
+            )
 
     @property
     def takes_the_likeliest(self) -> bool:
@@ -66,7 +72,7 @@ class Draws(NamedTuple):
 
     def start(self, samplings: Sequence[Sampling]) -> None:
         """New requests in all of these rows."""
-        parts = [(s.temperature, s.top_p, s.repetition_penalty) for s in samplings]
+        parts = [(max(s.temperature, _COLDEST) if s.temperature else 0.0, s.top_p, s.repetition_penalty) for s in samplings]
         for target_B, values in zip(self[:3], zip(*parts, strict=True), strict=True):
             target_B.copy_(torch.tensor(values))
         self.seed_B.copy_(torch.tensor([_signed(s.seed) for s in samplings]))
@@ -84,7 +90,7 @@ def draw(logits_BV: Tensor, draws: Draws) -> Tensor:
     # stable: equal logits are common in bf16, and their order must not depend on the batch
     p_BV, order_BV = (logits_BV / temperature_B1).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     mass_BV = p_BV.cumsum(dim=-1)
-    kept_B1 = (mass_BV - p_BV < draws.top_p_B[:, None]).sum(dim=-1, keepdim=True)  # the first token is always kept
+    kept_B1 = (mass_BV - p_BV < draws.top_p_B[:, None]).sum(dim=-1, keepdim=True).clamp_min(1)  # a top_p may be 0 in fp32
     goal_B1 = uniform(draws.seed_B, draws.count_B)[:, None].to(p_BV.dtype) * mass_BV.gather(1, kept_B1 - 1)
     choice_B1 = (mass_BV <= goal_B1).sum(dim=-1, keepdim=True).minimum(kept_B1 - 1)
     next_B1 = torch.where(is_greedy_B[:, None], logits_BV.argmax(dim=-1, keepdim=True), order_BV.gather(1, choice_B1))

@@ -6,7 +6,8 @@
     GET  /health             {"status": "ok"}
 
 Each pattern that is served has an engine of its own; a request names one, or gets the first. One thread steps the engines; every connection
-has its own, which waits for text of its requests. A client that goes away cancels its requests.
+has its own, which waits for text of its requests. A client that goes away cancels its requests. Ranks that share the model step along with
+the first, which is the one that listens.
 What a request asks for and cannot have is answered with status 400 and one line, and nobody else notices.
 """
 
@@ -16,6 +17,7 @@ import json
 import math
 import queue
 import select
+import signal
 import socket
 import sys
 import threading
@@ -24,110 +26,27 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from megarat.data.tokenizer import Tokenizer
 from megarat.errors import UserError
 from megarat.infer.engine import Engine, Generation, Request
-from megarat.infer.reading import AnySpec, read_as
+from megarat.infer.reading import AnySpec, Reading, read_as
 from megarat.infer.sampling import Sampling
+from megarat.infer.stepping import EngineThread, Update, Updates, follow
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from megarat.infer.load import LoadedModel
 
 _MAX_BODY = 64 << 20  # bytes of a request
 _MAX_CHOICES = 128  # prompts x n of a request
+_MAX_STOPS = 64  # every one is looked for at every token
 _POLL_S = 0.2  # between looks at whether a waiting client is still there
 _DEFAULT_TOKENS = 16  # as OpenAI's
+_LETTERS = 256  # of a token at most: a longer text need not be cut into tokens to be known as too long
 _UNSUPPORTED = ("logprobs", "echo", "suffix", "logit_bias", "presence_penalty", "frequency_penalty")
-
-
-class Update(NamedTuple):
-    """How far one generation of a request has come. ``text`` is all of it."""
-
-    choice: int
-    text: str
-    finish: str | None
-
-
-class EngineThread(threading.Thread):
-    """Steps the engines as long as there is something to do."""
-
-    def __init__(self, engines: Sequence[Engine]) -> None:
-        super().__init__(name="megarat-engine", daemon=True)
-        self._engines = engines
-        self._listeners: dict[Generation, tuple[int, queue.Queue[Update | Exception]]] = {}
-        self._lock = threading.Lock()  # over submitting and telling, not over computing
-        self._work = threading.Event()
-        self._stopping = False
-
-    def stop(self) -> None:
-        """End after the step in progress: an interpreter must not leave while a thread computes. Those who still wait hear of it."""
-        self._stopping = True
-        self._work.set()
-        self.join()
-        self._fail(RuntimeError("the server is stopping"))
-
-    @property
-    def busy(self) -> bool:
-        """Whether any request is waiting or decoding."""
-        return any(engine.busy for engine in self._engines)
-
-    def submit(self, engine: Engine, requests: list[Request]) -> tuple[list[Generation], queue.Queue[Update | Exception]]:
-        """Queue requests at an engine; their updates come through one queue. Raises ``UserError``, with none of them queued, where one is impossible."""
-        updates: queue.Queue[Update | Exception] = queue.Queue()
-        generations: list[Generation] = []
-        with self._lock:
-            try:
-                for index, request in enumerate(requests):
-                    generations.append(engine.submit(request))
-                    self._listeners[generations[-1]] = (index, updates)
-            except UserError:
-                self._forget(generations)
-                raise
-        self._work.set()
-        return generations, updates
-
-    def cancel(self, generations: list[Generation]) -> None:
-        """Nobody waits for these any more."""
-        with self._lock:
-            self._forget(generations)
-
-    def _forget(self, generations: list[Generation]) -> None:
-        for generation in generations:
-            generation.cancel()
-            self._listeners.pop(generation, None)
-
-    def run(self) -> None:
-        """Step, tell, and wait where there is nothing to do."""
-        while not self._stopping:
-            self._work.wait()
-            self._work.clear()
-            while self.busy and not self._stopping:
-                for engine in self._engines:
-                    if engine.busy:
-                        self._step(engine)
-
-    def _step(self, engine: Engine) -> None:
-        try:
-            moved = engine.step()
-        except Exception as error:  # a fault of the machine, such as memory: those who wait hear of it, those who come are served
-            self._fail(error)
-            return
-        with self._lock:
-            for generation in moved:
-                self._tell(generation)
-
-    def _tell(self, generation: Generation) -> None:
-        listener = self._listeners.get(generation)
-        if listener is not None:
-            listener[1].put(Update(listener[0], generation.text, generation.finish))
-            if generation.finish is not None:
-                del self._listeners[generation]
-
-    def _fail(self, error: Exception) -> None:
-        with self._lock:
-            for generation, (_, updates) in self._listeners.items():
-                generation.cancel()
-                updates.put(error)
-            self._listeners.clear()
 
 
 @dataclass(frozen=True)
@@ -140,8 +59,8 @@ class Completion:
     include_usage: bool
 
 
-def parse_completion(body: Any, tokenizer: Tokenizer) -> Completion:
-    """The engine's requests for what a client sent. Raises ``UserError`` that names the field."""
+def parse_completion(body: Any, tokenizer: Tokenizer, capacity: int) -> Completion:
+    """The engine's requests for what a client sent, of at most ``capacity`` tokens. Raises ``UserError`` that names the field."""
     if not isinstance(body, dict):
         raise UserError(f"the body: expected a JSON object, found {type(body).__name__}")
     for name in _UNSUPPORTED:
@@ -150,7 +69,7 @@ def parse_completion(body: Any, tokenizer: Tokenizer) -> Completion:
     if body.get("best_of") not in (None, 1, body.get("n")):
         raise UserError("best_of: is not supported by this server; leave it out")
     n = _number(body, "n", int, 1)
-    prompts = _prompts(body.get("prompt"), tokenizer)
+    prompts = _prompts(body.get("prompt"))
     if not 1 <= n * len(prompts) <= _MAX_CHOICES:
         raise UserError(f"n: {len(prompts)} prompts x {n}; expected 1 to {_MAX_CHOICES} completions a request")
     seed = _number(body, "seed", int, None)
@@ -165,7 +84,7 @@ def parse_completion(body: Any, tokenizer: Tokenizer) -> Completion:
             (tokenizer.eos_id,),
             _stops(body.get("stop")),
         )
-        for ids in prompts
+        for ids in _encoded(prompts, tokenizer, capacity)
         for choice in range(n)
     ]
     options = body.get("stream_options") or {}
@@ -177,18 +96,37 @@ def parse_completion(body: Any, tokenizer: Tokenizer) -> Completion:
     return Completion(requests, pattern, bool(body.get("stream")), bool(options.get("include_usage")))
 
 
-def _prompts(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each prompt, without BOS as in training."""
+def _prompts(prompt: Any) -> list[str] | list[list[int]]:
+    """Each prompt as it came."""
     if isinstance(prompt, str):
-        prompt = [prompt]
+        return [prompt]
     if isinstance(prompt, list) and prompt:
         if all(isinstance(text, str) for text in prompt):
-            return tokenizer.encode(prompt)
+            return prompt
         if _are_ids(prompt):
             return [prompt]
         if all(isinstance(ids, list) and _are_ids(ids) for ids in prompt):
             return prompt
     raise UserError("prompt: expected a text, a list of texts, a list of token ids or a list of such lists")
+
+
+def _encoded(prompts: list[str] | list[list[int]], tokenizer: Tokenizer, capacity: int) -> list[list[int]]:
+    """Token ids of each prompt, without BOS as in training."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if longest := next((len(text) for text in texts if len(text) > _LETTERS * capacity), None):
+        raise UserError(f"prompt: {longest} characters are more than the {capacity} tokens allowed together can hold")
+    if any(_has_half_a_character(text) for text in texts):
+        raise UserError("prompt: holds half of a character (a lone surrogate such as \\ud800); send whole ones")
+    return tokenizer.encode(texts) if texts else [ids for ids in prompts if isinstance(ids, list)]
+
+
+def _has_half_a_character(text: str) -> bool:
+    """JSON can spell what is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _are_ids(values: list[Any]) -> bool:
@@ -199,6 +137,8 @@ def _stops(stop: Any) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) else stop or []
     if not isinstance(stops, list) or not all(isinstance(text, str) for text in stops):
         raise UserError("stop: expected a text or a list of texts")
+    if len(stops) > _MAX_STOPS:
+        raise UserError(f"stop: found {len(stops)} texts; expected at most {_MAX_STOPS}")
     return tuple(text for text in stops if text)
 
 
@@ -206,9 +146,12 @@ def _number(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
     value = body.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or kind(value) != value:
-        raise UserError(f"{name}: found {value!r}; expected {'a whole number' if kind is int else 'a number'}")
-    return kind(value)
+    try:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and kind(value) == value:
+            return kind(value)
+    except OverflowError:  # a whole number that no float can hold
+        pass
+    raise UserError(f"{name}: found {value!r:.80}; expected {'a whole number' if kind is int else 'a number'}")
 
 
 class Server(ThreadingHTTPServer):
@@ -217,10 +160,13 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, engines: Sequence[Engine], tokenizer: Tokenizer, name: str, host: str, port: int) -> None:
+    def __init__(
+        self, engines: Sequence[Engine], tokenizer: Tokenizer, name: str, host: str, port: int, group: ProcessGroup | None = None
+    ) -> None:
+        """``group``: the ranks that share the model, of which this is the first; the others ``follow``."""
         self.tokenizer, self.name = tokenizer, name
         self._by_reading = {str(engine.reading): engine for engine in engines}
-        self.engine = EngineThread(engines)
+        self.engine = EngineThread(engines, group, self.shut_down_soon)
         self.engine.start()
         try:
             super().__init__((host, port), Handler)
@@ -228,6 +174,11 @@ class Server(ThreadingHTTPServer):
             self.engine.stop()
             raise UserError(f"--host {host} --port {port}: cannot listen there: {error}") from None
         self.started = int(time.time())
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a prompt and its answer together, at most, under any of the patterns."""
+        return max(engine.capacity for engine in self._by_reading.values())
 
     @property
     def patterns(self) -> list[str]:
@@ -241,8 +192,12 @@ class Server(ThreadingHTTPServer):
             return engines[0]
         found = self._by_reading.get(str(read_as(pattern, engines[0].config)))
         if found is None:
-            raise UserError(f"pattern: {pattern!r} is not served here; this server has {', '.join(self._by_reading)}")
+            raise UserError(f"pattern: {pattern!r:.80} is not served here; this server has {', '.join(self._by_reading)}")
         return found
+
+    def shut_down_soon(self) -> None:
+        """End ``serve_forever``, from a thread that must not wait for it."""
+        threading.Thread(target=self.shutdown, daemon=True).start()
 
     def server_close(self) -> None:
         """Close the socket and end the engine's thread."""
@@ -250,8 +205,8 @@ class Server(ThreadingHTTPServer):
         self.engine.stop()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is everyday life; anything else is printed as usual."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
+        """A client that goes away, or falls silent, is everyday life; anything else is printed as usual."""
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
 
@@ -280,7 +235,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/completions":
             return self._refuse(404, f"{self.path}: no such page; completions are at /v1/completions")
         try:
-            completion = parse_completion(json.loads(body), self.server.tokenizer)
+            completion = parse_completion(json.loads(body), self.server.tokenizer, self.server.capacity)
             engine = self.server.engine_for(completion.pattern)
             generations, updates = self.server.engine.submit(engine, completion.requests)
         except (ValueError, RecursionError) as error:
@@ -300,7 +255,7 @@ class Handler(BaseHTTPRequestHandler):
             return None
         return self.rfile.read(int(length))
 
-    def _answer(self, completion: Completion, generations: list[Generation], updates: queue.Queue[Update | Exception]) -> None:
+    def _answer(self, completion: Completion, generations: list[Generation], updates: Updates) -> None:
         head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -322,7 +277,7 @@ class Handler(BaseHTTPRequestHandler):
         head: dict[str, Any],
         completion: Completion,
         generations: list[Generation],
-        updates: queue.Queue[Update | Exception],
+        updates: Updates,
     ) -> None:
         """Server-sent events: the new text of each update, then the end of each choice, then [DONE]."""
         self.close_connection = True
@@ -344,15 +299,17 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: [DONE]\n\n")
         return None
 
-    def _updates(self, generations: list[Generation], updates: queue.Queue[Update | Exception]) -> Iterator[Update]:
+    def _updates(self, generations: list[Generation], updates: Updates) -> Iterator[Update]:
         """Updates until every generation has ended. Raises ``ConnectionError`` when the client has gone, ``RuntimeError`` when the engine failed."""
-        left = len(generations)
+        left, looked = len(generations), time.monotonic()
         while left:
+            if time.monotonic() - looked >= _POLL_S:
+                if _has_gone(self.connection):
+                    raise ConnectionAbortedError("the client closed the connection")
+                looked = time.monotonic()
             try:
                 update = updates.get(timeout=_POLL_S)
             except queue.Empty:
-                if _has_gone(self.connection):
-                    raise ConnectionAbortedError("the client closed the connection") from None
                 continue
             if isinstance(update, Exception):
                 raise RuntimeError(f"the engine failed: {type(update).__name__}: {update}")
@@ -410,33 +367,70 @@ def serve(
     tokenizer: str | None = None,
     device: str | None = None,
     precision: str | None = None,
+    tensor: int = 1,
 ) -> None:
-    """Serve a checkpoint under some patterns (none: its own) until SIGINT or SIGTERM.
+    """Serve a checkpoint under some patterns (none: its own) until SIGINT or SIGTERM. ``tensor`` ranks share the model; the first listens.
 
     Raises ``UserError`` for what cannot be loaded, does not fit, or cannot listen.
     """
-    import signal
-
     import torch
 
-    from megarat.checkpoint.load import load_state
-    from megarat.infer.cache import cache_bytes
-    from megarat.infer.load import load
+    from megarat.infer.load import join_ranks, load
     from megarat.infer.text import find_tokenizer
 
-    model = load(checkpoint, None, device, {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[precision])
+    own_device, ranks = join_ranks(tensor, device)
+    group = _ranks_of_one_model(tensor)
+    model = load(
+        checkpoint, None, own_device or device, {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[precision], ranks
+    )
     text = find_tokenizer(model, tokenizer)
-    capacity = max_length or load_state(model.checkpoint).config.data.sequence_length
-    engines = []
-    for reading in dict.fromkeys([model.reading(pattern) for pattern in patterns] or [model.reading(None)]):
-        size = cache_bytes(model.config, reading, capacity, model.lm.embedding.weight.dtype)
-        print(
-            f"{model.checkpoint}: {reading}; {rows} rows of {capacity} tokens, {rows * size / 2**20:,.1f} MiB of cache",
-            file=sys.stderr,
+    readings = list(dict.fromkeys([model.reading(pattern) for pattern in patterns] or [model.reading(None)]))
+    engines = _engines(model, readings, text, rows, max_length)
+    if ranks.rank > 0:
+        for number in (signal.SIGINT, signal.SIGTERM):  # the first rank hears them too, and says when it is over
+            signal.signal(number, signal.SIG_IGN)
+        assert group is not None
+        follow(engines, group)
+    else:
+        _listen(Server(engines, text, str(checkpoint), host, port, group), host)
+
+
+def _ranks_of_one_model(tensor: int) -> ProcessGroup | None:
+    """A group on the host for the first rank's word, beside the one that computes."""
+    if tensor == 1:
+        return None
+    from torch import distributed
+
+    if distributed.get_world_size() != tensor:
+        raise UserError(
+            f"--tensor {tensor}: {distributed.get_world_size()} processes were started, but a server is one model; start {tensor} for it"
         )
-        engines.append(Engine(model.lm, reading, text, rows=rows, capacity=capacity))
-    server = Server(engines, text, str(checkpoint), host, port)
-    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
+    return distributed.new_group(backend="gloo")
+
+
+def _engines(
+    model: LoadedModel, readings: Sequence[Reading], tokenizer: Tokenizer, rows: int, max_length: int | None
+) -> list[Engine]:
+    """One for each reading, once what all of them take together is printed and known to fit."""
+    from megarat.checkpoint.load import load_state
+    from megarat.infer.cache import cache_bytes
+    from megarat.infer.memory import check_fits
+
+    capacity = max_length or load_state(model.checkpoint).config.data.sequence_length
+    ranks = model.lm.ranks
+    sizes = [cache_bytes(model.config, reading, capacity, model.lm.embedding.weight.dtype) // ranks.size for reading in readings]
+    for reading, size in zip(readings, sizes, strict=True):
+        if ranks.rank == 0:
+            shared = f" on each of {ranks.size} ranks" if ranks.size > 1 else ""
+            head = f"{model.checkpoint}: {reading}; {rows} rows of {capacity} tokens"
+            print(f"{head}, {rows * size / 2**20:,.1f} MiB of cache{shared}", file=sys.stderr)
+    check_fits(rows, sum(sizes), capacity, model.device)
+    return [Engine(model.lm, reading, tokenizer, rows=rows, capacity=capacity) for reading in readings]
+
+
+def _listen(server: Server, host: str) -> None:
+    """Until a signal, or until the engine cannot go on, which is raised."""
+    signal.signal(signal.SIGTERM, lambda *_: server.shut_down_soon())
     print(f"listening on http://{host}:{server.server_port}/v1/completions", file=sys.stderr, flush=True)
     try:
         server.serve_forever()
@@ -444,3 +438,5 @@ def serve(
         pass
     finally:
         server.server_close()
+    if server.engine.error is not None:
+        raise server.engine.error

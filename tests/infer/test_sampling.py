@@ -30,6 +30,18 @@ def test_temperature_zero_takes_the_likeliest_token():
     assert draws(10, Sampling()) == {1: 10}
 
 
+@pytest.mark.parametrize(
+    "extreme", [{"temperature": 1e-39}, {"temperature": 1e-320}, {"temperature": 1.0, "top_p": 1e-50}], ids=str
+)
+def test_what_is_next_to_zero_takes_the_likeliest_token(extreme):
+    """In fp32 a logit over such a temperature is infinite, and such a top_p is 0."""
+    assert draws(10, Sampling(**extreme)) == {1: 10}
+
+
+def test_the_hottest_temperature_draws_all_alike():
+    assert set(draws(1000, Sampling(temperature=1e300))) == {0, 1, 2, 3, 4}
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_are_drawn_with_their_tempered_probability(temperature):
     count = 40_000
@@ -158,5 +170,5 @@ def test_every_token_is_announced_as_it_is_drawn():
     ],
 )
 def test_impossible_sampling_is_refused(settings):
-    with pytest.raises(UserError, match="need temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0"):
+    with pytest.raises(UserError, match=r"need temperature >= 0, 0 < top_p <= 1 and a repetition_penalty from 0.01 to 100"):
         Sampling(**settings)

@@ -194,6 +194,13 @@ MALFORMED = [
     ({"prompt": "x", "echo": True}, "echo: is not supported"),
     ({"prompt": "x", "best_of": 4}, "best_of: is not supported"),
     ({"prompt": ["fine", "x" * 500]}, "500 tokens"),
+    ({"prompt": "x" * 200_000}, "200000 characters are more than the 400 tokens allowed together can hold"),
+    (b'{"prompt": "a\\ud800b"}', "prompt: holds half of a character"),
+    (b'{"prompt": "x", "max_tokens": 1%s}' % (b"0" * 400), "max_tokens: found 1000"),
+    (b'{"prompt": "x", "temperature": 1%s}' % (b"0" * 400), "temperature: found 1000"),
+    ({"prompt": "x", "repetition_penalty": 1e300}, "a repetition_penalty from 0.01 to 100"),
+    ({"prompt": "x", "stop": ["y"] * 65}, "stop: found 65 texts; expected at most 64"),
+    ({"prompt": ["x"] * 1000}, "n: 1000 prompts x 1"),
 ]
 
 
@@ -234,6 +241,31 @@ def test_a_client_that_goes_away_frees_its_rows(server, streaming):
             time.sleep(0.05)
     wait_until_idle(server)
     assert not server.engine._listeners
+
+
+def test_a_client_that_goes_away_is_noticed_however_fast_the_steps_are(server, monkeypatch):
+    """Each step tells something and none ends the request: only its cancellation does."""
+    engine = server.engine._engines[0]
+
+    def steps_forever():
+        time.sleep(0.005)
+        return list(engine._waiting)
+
+    monkeypatch.setattr(engine, "step", steps_forever)
+    body = json.dumps({"prompt": "x", "max_tokens": 390}).encode()
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=120) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        while not server.engine.busy:
+            time.sleep(0.01)
+    wait_until_idle(server)
+    assert [generation.finish for generation in engine._waiting] == ["cancelled"]
+
+
+def test_the_extremes_of_drawing_are_served(server):
+    """Numbers that are allowed, but 0 or infinite in fp32."""
+    for body in ({"temperature": 1e-39}, {"temperature": 1e300}, {"top_p": 1e-50}, {"seed": -(2**70)}):
+        status, tree = ask(server, {"prompt": "x", "max_tokens": 5, **body})
+        assert status == 200 and tree["choices"][0]["finish_reason"] in ("length", "stop")
 
 
 def test_a_body_that_never_comes_whole_disturbs_nobody(server, model):

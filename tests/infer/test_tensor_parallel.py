@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import io
 import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import tiny_run
 import torch
+from torch import distributed
 
 import megarat
 from megarat import cli, mesh
@@ -18,6 +26,7 @@ from megarat.eval.perplexity import batch_loss
 from megarat.infer import text
 from megarat.infer.load import LoadedModel, load
 from megarat.infer.sampling import Sampling
+from megarat.infer.server import _ranks_of_one_model
 from megarat.parallel import worlds
 from megarat.parallel.tensor import ALONE, TensorParallel
 from megarat.train.loop import pretrain
@@ -148,3 +157,70 @@ def test_what_ends_the_first_rank_ends_the_others(checkpoint):
         2, command, ["eval", str(checkpoint), "--device", "cpu", "--shards", "nowhere", "--tensor", "2"]
     )
     assert (first, second) == (2, 2)
+
+
+SERVE = ["--device", "cpu", "--port", "0", "--rows", "3", "--max-length", "64", "--pattern", "D=4,W=2", "--pattern", "dense"]
+
+
+def served(arguments: list[str]) -> tuple[int, list[dict]]:
+    """One rank of ``megarat serve``; the first has clients. The exit code and what the clients got."""
+    text.find_tokenizer = lambda model, named: Letters()
+    answers: list[dict] = []
+    clients = threading.Thread(target=ask_and_stop, args=(err := io.StringIO(), answers))
+    if int(os.environ["RANK"]) == 0:
+        clients.start()
+    with contextlib.redirect_stderr(err):
+        code = cli.main(arguments)
+    if clients.ident is not None:
+        clients.join()
+    return code, answers
+
+
+def ask_and_stop(err: io.StringIO, answers: list[dict]) -> None:
+    """Three at a time more requests than rows, to two patterns, one that draws; one client that goes away; then SIGTERM."""
+    deadline = time.monotonic() + 300
+    try:
+        while (found := re.search(r"listening on http://[^:]*:([0-9]+)", err.getvalue())) is None:
+            assert time.monotonic() < deadline, err.getvalue()
+            time.sleep(0.05)
+        bodies = [
+            {"prompt": ["abc", "de"], "max_tokens": 30, "temperature": 0},
+            {"prompt": "fgh", "max_tokens": 40, "temperature": 1.0, "seed": 5, "n": 2, "pattern": "dense"},
+            {"prompt": "abc", "max_tokens": 20, "temperature": 0, "stop": ["A", "B", "C"]},
+        ]
+        gone = socket.create_connection(("127.0.0.1", int(found[1])))
+        data = json.dumps({"prompt": "x", "max_tokens": 60, "stream": True}).encode()
+        gone.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+        gone.recv(16)
+        gone.close()
+        answers.extend({} for _ in bodies)
+        askers = [threading.Thread(target=ask, args=(int(found[1]), body, answers[n])) for n, body in enumerate(bodies)]
+        for asker in askers:
+            asker.start()
+        for asker in askers:
+            asker.join()
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def ask(port: int, body: dict, answer: dict) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    answer.update(json.loads(connection.getresponse().read()))
+    del answer["id"], answer["created"]
+
+
+def test_a_server_of_ranks_that_share_a_model_answers_like_one_process(checkpoint):
+    alone = worlds.run(1, served, ["serve", str(checkpoint), *SERVE])
+    shared = worlds.run(2, served, ["serve", str(checkpoint), *SERVE, "--tensor", "2"])
+    assert shared == [alone[0], (0, [])]
+    code, answers = alone[0]
+    assert code == 0
+    assert [len(answer["choices"]) for answer in answers] == [2, 2, 1]
+    assert answers[0]["usage"]["completion_tokens"] == 60
+
+
+def test_a_server_is_one_model(monkeypatch):
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 4)
+    with pytest.raises(UserError, match="--tensor 2: 4 processes were started, but a server is one model; start 2 for it"):
+        _ranks_of_one_model(2)
