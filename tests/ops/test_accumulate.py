@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,16 +23,3 @@ def test_sizes_and_strides_that_do_not_match_are_refused():
         accumulate_(torch.zeros(4), torch.zeros(5))
     with pytest.raises(ValueError, match="contiguous and of one size"):
         accumulate_(torch.zeros(4, 4).T, torch.zeros(4, 4))
-
-
-def test_the_kernel_adds_exactly_in_the_interpreter():
-    pytest.importorskip("triton")
-    code = (
-        "import torch; from megarat.ops.accumulate import accumulate_\n"
-        "for n in (1, 4096, 10001):\n"
-        "    total, x = torch.randn(n), torch.randn(n); wanted = total + x\n"
-        "    assert torch.equal(accumulate_(total, x, backend='triton'), wanted), n\n"
-    )
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]

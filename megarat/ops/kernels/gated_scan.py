@@ -9,11 +9,11 @@ of its tiles are consecutive *segments* of L steps each, walked in step by every
 4. the segments run again from their true states; k is rotated and stored.
 
 The blocks of a column form a chain along time, so k, v and g are read once however few columns there are. Handing a state from one
-program to the next takes a round trip through the L2 cache, whatever its size; where few columns make the chain long, a block
-therefore also publishes its map s -> a s + x, which waits for nobody, and takes its state from BACK blocks in front of it, carried
-through the maps between. BACK is fixed by the shape, so everything folds in one fixed order: results are bit-reproducible. An entry of
-the chain, or of the maps, is its own flag: it starts as a NaN pattern no arithmetic produces. Programs are numbered with time
-slowest, so a program only waits for lower-numbered ones, which the hardware starts first.
+program to the next takes a round trip through the L2 cache, whatever its size; where few columns make the chain long, a block may
+also publish its map s -> a s + x, which waits for nobody. Then the maps of the BACK - 1 blocks in front of a block are joined to its own
+first, and its state comes from BACK blocks in front of it. BACK is fixed by the shape, so everything folds in one fixed order: results
+are bit-reproducible. An entry of the chain, or of the maps, is its own flag: it starts as a NaN pattern no arithmetic produces. Programs
+are numbered with time slowest, so a program only waits for lower-numbered ones, which the hardware starts first.
 
 The backward is the same machine with time reversed. Besides the inputs it needs the fp32 states in front of its blocks (`saved`, 8 bytes
 per S * L elements), from which it recomputes the averages of a block on the way.
@@ -23,7 +23,7 @@ per S * L elements), from which it recomputes the averages of a block on the way
 # (the Triton language has no Python types)
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,11 +36,27 @@ from megarat.ops.parts import GradientPlace
 EMPTY = tl.constexpr(-1)  # int32 bits of a chain entry nobody has written: a NaN that no arithmetic instruction returns
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# (pairs BH, segments S, steps L, warps, registers a thread, BACK) forward and backward, by regime; a backward block must be a whole
-# number of forward segments. Chosen by timing on an H200.
-Tile = tuple[int, int, int, int, int, int]
-MANY_COLUMNS: tuple[Tile, Tile] = ((64, 8, 8, 8, 128, 1), (64, 4, 8, 4, 255, 1))
-FEW_COLUMNS: tuple[Tile, Tile] = ((32, 16, 8, 8, 128, 1), (32, 8, 8, 4, 255, 2))
+
+class Tile(NamedTuple):
+    """How a launch is cut up.
+
+    A program holds `pairs` rotary pairs (BH) of `segments` (S) segments of `steps` (L) steps each, in `warps` warps of threads with at most
+    `registers` registers, and takes its state from `back` (BACK) blocks in front of it. While it is `patient`, it polls one word alone until the
+    entry before its own is there: programs that wait far behind in the line then leave the L2 cache to those whose turn it is.
+    """
+
+    pairs: int
+    segments: int
+    steps: int
+    warps: int
+    registers: int
+    back: int
+    patient: bool = False
+
+
+# forward and backward, by regime; a backward block must be a whole number of forward segments. Chosen by timing on an H200.
+MANY_COLUMNS = Tile(64, 8, 8, 8, 128, 1), Tile(64, 4, 8, 4, 255, 1)
+FEW_COLUMNS = Tile(32, 16, 8, 8, 128, 1), Tile(32, 8, 8, 4, 255, 2)
 MANY_CHANNELS = 8192  # of all rows: from so many on, short blocks give enough programs and long ones only lengthen the chain
 
 
@@ -64,50 +80,82 @@ def _in_front(decay_SC, k_SC, v_SC, REVERSE: tl.constexpr):
     return scanned[3], scanned[4], scanned[5]
 
 
-@triton.jit
-def _await_words(a_SC, b_SC, R: tl.constexpr, POLL: tl.constexpr, PACK: tl.constexpr):
-    """Four fp32 tiles as soon as nothing of them is EMPTY: at a, at a + R, at b and at b + R.
+def _polling(streams: int, pack: int, pairs: int, patient: bool = False) -> str:
+    """PTX that loads two tiles of fp32 from each of `streams` addresses (there, and `pairs` words behind) until no word of them is EMPTY.
 
-    Every thread polls its own words (`_polling`); no vote, no barrier. PACK is the words of a tile in one thread, or 0 where they are known to be there.
+    `pack` words of a tile lie in one thread, which polls them alone: no vote, no barrier. Relaxed loads read the L2, never a stale L1
+    line. Operands: `pack` words of each result, then `pack` addresses of each stream; patient, also those of a word to wait for first.
     """
-    if PACK > 0:
-        a1, a2, b1, b2 = tl.inline_asm_elementwise(
-            POLL, "=r,=r,=r,=r,l,l" if PACK == 1 else "=r,=r,=r,=r,=r,=r,=r,=r,l,l,l,l", [a_SC.to(tl.int64), b_SC.to(tl.int64)],
+    words = range(2 * streams * pack)
+    first = len(words)  # of the addresses
+    address = [f"${first + word // (2 * pack) * pack + word % pack}+{word // pack % 2 * 4 * pairs}" for word in words]
+    early = f"early: ld.relaxed.gpu.global.b32 word, [${first + streams * pack}]; setp.eq.u32 empty, word, 0xffffffff; @empty bra early; "
+    loads = " ".join(f"ld.relaxed.gpu.global.b32 ${word}, [{address[word]}];" for word in words)
+    checks = " ".join(f"setp.eq.or.u32 empty, ${word}, 0xffffffff, empty;" for word in words[1:])
+    again = f"again: {loads} setp.eq.u32 empty, $0, 0xffffffff; {checks} @empty bra again;"
+    return f"{{ .reg .pred empty; .reg .b32 word; {early if patient else ''}{again} }}"
+
+
+@triton.jit
+def _await_entry(entry_SC, early_SC, stream, R: tl.constexpr, POLL: tl.constexpr, PACK: tl.constexpr, PATIENT: tl.constexpr):
+    """An entry of the chain as soon as it is there: both halves of k's and of v's channels. PACK 0: it is there.
+
+    PATIENT: the word at `early` is written before it (see `_polling`).
+    """
+    if PACK == 0:
+        k1, k2, v1, v2 = tl.load(entry_SC), tl.load(entry_SC + R), tl.load(entry_SC + stream), tl.load(entry_SC + stream + R)
+    elif PATIENT:
+        k1, k2, v1, v2 = tl.inline_asm_elementwise(
+            POLL, "=r" + ",=r" * (4 * PACK - 1) + ",l" * (3 * PACK),
+            [entry_SC.to(tl.int64), (entry_SC + stream).to(tl.int64), early_SC.to(tl.int64)],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=PACK,
         )  # fmt: skip
     else:
-        a1, a2, b1, b2 = tl.load(a_SC), tl.load(a_SC + R), tl.load(b_SC), tl.load(b_SC + R)
-    return a1, a2, b1, b2
-
-
-def _polling(pack: int, pairs: int) -> str:
-    """The PTX of `_await_words` where `pack` words of a tile lie in one thread: loads until none is EMPTY.
-
-    Relaxed loads read the L2, never a stale L1 line. Operands: pack words of each result, then pack addresses of each argument.
-    """
-    words = range(4 * pack)
-    address = [f"${4 * pack + word // (2 * pack) * pack + word % pack}+{word // pack % 2 * 4 * pairs}" for word in words]
-    loads = " ".join(f"ld.relaxed.gpu.global.b32 ${word}, [{address[word]}];" for word in words)
-    checks = " ".join(f"setp.eq.or.u32 empty, ${word}, 0xffffffff, empty;" for word in words[1:])
-    return "{ .reg .pred empty; again: " + loads + " setp.eq.u32 empty, $0, 0xffffffff; " + checks + " @empty bra again; }"
+        k1, k2, v1, v2 = tl.inline_asm_elementwise(
+            POLL, "=r" + ",=r" * (4 * PACK - 1) + ",l" * (2 * PACK), [entry_SC.to(tl.int64), (entry_SC + stream).to(tl.int64)],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=PACK,
+        )  # fmt: skip
+    return k1, k2, v1, v2
 
 
 @triton.jit
-def _await(chain_ptr, maps_ptr, order, stream, c_SC, R: tl.constexpr, BACK: tl.constexpr, POLL: tl.constexpr, PACK: tl.constexpr):
-    """The state in front of block number `order`, four (S, C) tiles of equal rows: an entry of the chain, carried through BACK - 1 blocks."""
+def _await_map(map_SC, stream, R: tl.constexpr, POLL_MAP: tl.constexpr, PACK: tl.constexpr):
+    """A block's map as soon as it is there: decay, k and v of both halves of the channels."""
+    x_SC, y_SC = map_SC + stream, map_SC + 2 * stream
+    if PACK == 0:
+        a1, a2, k1, k2 = tl.load(map_SC), tl.load(map_SC + R), tl.load(x_SC), tl.load(x_SC + R)
+        v1, v2 = tl.load(y_SC), tl.load(y_SC + R)
+    else:
+        a1, a2, k1, k2, v1, v2 = tl.inline_asm_elementwise(
+            POLL_MAP, "=r" + ",=r" * (6 * PACK - 1) + ",l" * (3 * PACK), [map_SC.to(tl.int64), x_SC.to(tl.int64), y_SC.to(tl.int64)],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=PACK,
+        )  # fmt: skip
+    return a1, a2, k1, k2, v1, v2
+
+
+@triton.jit
+def _arrive(
+    chain_ptr, maps_ptr, order, stream, column, c_SC, front1, front2, s_k1, s_k2, s_v1, s_v2,
+    R: tl.constexpr, BACK: tl.constexpr, POLL: tl.constexpr, POLL_MAP: tl.constexpr, PACK: tl.constexpr, PATIENT: tl.constexpr,
+):  # fmt: skip
+    """The states in front of every segment of block number `order`, from the maps (front, s) of all that precedes it in the block.
+
+    First the maps of BACK - 1 blocks, which wait for nobody, then the entry of the chain in front of them.
+    """
+    for i in tl.static_range(1, BACK):
+        if order >= i:
+            map_SC = maps_ptr + (order - i).to(tl.int64) * 3 * stream + column + c_SC
+            decay1, decay2, x_k1, x_k2, x_v1, x_v2 = _await_map(map_SC, stream, R, POLL_MAP, PACK)
+            s_k1, s_k2, s_v1, s_v2 = front1 * x_k1 + s_k1, front2 * x_k2 + s_k2, front1 * x_v1 + s_v1, front2 * x_v2 + s_v2
+            front1, front2 = front1 * decay1, front2 * decay2
     link = order + 1 - BACK
     if link > 0:
-        entry_SC = chain_ptr + link.to(tl.int64) * 2 * stream + c_SC
-        k1, k2, v1, v2 = _await_words(entry_SC, entry_SC + stream, R, POLL, PACK)
+        entry_ptr = chain_ptr + link.to(tl.int64) * 2 * stream + column
+        early_SC = entry_ptr - 2 * stream + tl.zeros(c_SC.shape, tl.int32)
+        k1, k2, v1, v2 = _await_entry(entry_ptr + c_SC, early_SC, stream, R, POLL, PACK, PATIENT)
     else:  # the chain's first entry is always there
-        k1, k2, v1, v2 = _await_words(chain_ptr + c_SC, chain_ptr + c_SC + stream, R, POLL, 0)
-    for i in tl.static_range(BACK - 1):
-        if link + i >= 0:
-            entry_SC = maps_ptr + (link + i).to(tl.int64) * 3 * stream + c_SC
-            decay1, decay2, x_k1, x_k2 = _await_words(entry_SC, entry_SC + stream, R, POLL, PACK)
-            x_v1, x_v2, _, _ = _await_words(entry_SC + 2 * stream, entry_SC + 2 * stream, R, POLL, PACK)
-            k1, k2, v1, v2 = decay1 * k1 + x_k1, decay2 * k2 + x_k2, decay1 * v1 + x_v1, decay2 * v2 + x_v2
-    return k1, k2, v1, v2
+        k1, k2, v1, v2 = _await_entry(chain_ptr + column + c_SC, chain_ptr + c_SC, stream, R, POLL, 0, PATIENT)
+    return front1 * k1 + s_k1, front2 * k2 + s_k2, front1 * v1 + s_v1, front2 * v2 + s_v2
 
 
 @triton.jit
@@ -215,7 +263,8 @@ def _load_tables(cos_ptr, sin_ptr, offs_SC, t_S, T, R, L: tl.constexpr, ROTATE: 
 def _gated_scan_forward_kernel(
     k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, k_out_ptr, v_out_ptr, chain_ptr, maps_ptr, saved_ptr,
     B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, table_b,
-    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, BACK: tl.constexpr, POLL: tl.constexpr, PACK: tl.constexpr,
+    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, BACK: tl.constexpr,
+    POLL: tl.constexpr, POLL_MAP: tl.constexpr, PACK: tl.constexpr, PATIENT: tl.constexpr,
     SAVE_STEPS: tl.constexpr, ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     columns = R // BH
@@ -235,8 +284,8 @@ def _gated_scan_forward_kernel(
     inf: tl.constexpr = float("inf")
 
     stream = B * H * (2 * R)
-    column_C = (group // columns) * (2 * R) + first + c_C
-    column_SC = column_C[None, :] + tl.zeros([S, BH], tl.int32)
+    column = (group // columns) * (2 * R) + first
+    c_SC = c_C[None, :] + tl.zeros([S, BH], tl.int32)
     t0 = block * (S * L)
     t_S, start = t0 + rows_S * L, t0.to(tl.int64)
     g1 = _load_steps(g_ptr + start * g_t, g_offs, g_t, t_S, T, inf, L, MASKED)
@@ -257,19 +306,19 @@ def _gated_scan_forward_kernel(
     front2, s_k2, s_v2 = _in_front(decay2, end_k2, end_v2, False)
 
     if BACK > 1:
-        entry_C = maps_ptr + block.to(tl.int64) * 3 * stream + column_C
+        entry_C = maps_ptr + block.to(tl.int64) * 3 * stream + column + c_C
         _publish_map(
             entry_C, R, stream, front1, front2, decay1, decay2, s_k1, s_k2, s_v1, s_v2, end_k1, end_k2, end_v1, end_v2, is_last_S1
         )  # fmt: skip
-    in_k1, in_k2, in_v1, in_v2 = _await(chain_ptr, maps_ptr, block, stream, column_SC, R, BACK, POLL, PACK)
-    s_k1, s_k2 = front1 * in_k1 + s_k1, front2 * in_k2 + s_k2
-    s_v1, s_v2 = front1 * in_v1 + s_v1, front2 * in_v2 + s_v2
+    s_k1, s_k2, s_v1, s_v2 = _arrive(
+        chain_ptr, maps_ptr, block, stream, column, c_SC, front1, front2, s_k1, s_k2, s_v1, s_v2, R, BACK, POLL, POLL_MAP, PACK, PATIENT
+    )  # fmt: skip
     end_k1, end_k2 = decay1 * s_k1 + end_k1, decay2 * s_k2 + end_k2
     end_v1, end_v2 = decay1 * s_v1 + end_v1, decay2 * s_v2 + end_v2
-    entry_C = chain_ptr + (block + 1).to(tl.int64) * 2 * stream + column_C
+    entry_C = chain_ptr + (block + 1).to(tl.int64) * 2 * stream + column + c_C
     _publish(entry_C, R, stream, end_k1, end_k2, end_v1, end_v2, is_last_S1)
     if SAVE_STEPS > 0:
-        at_SC = (t_S // SAVE_STEPS).to(tl.int64)[:, None] * 2 * stream + column_C[None, :]
+        at_SC = (t_S // SAVE_STEPS).to(tl.int64)[:, None] * 2 * stream + column + c_C[None, :]
         begins_S1 = ((t_S % SAVE_STEPS == 0) & (t_S < T))[:, None]
         tl.store(saved_ptr + at_SC, s_k1, mask=begins_S1)
         tl.store(saved_ptr + at_SC + R, s_k2, mask=begins_S1)
@@ -340,7 +389,8 @@ def _store_gradients(
 def _gated_scan_backward_kernel(
     k_ptr, v_ptr, g_ptr, cos_ptr, sin_ptr, starts_ptr, dk_out_ptr, dv_out_ptr, saved_ptr, chain_ptr, maps_ptr, dk_ptr, dv_ptr, dg_ptr,
     B, T, H, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, out_t, table_b, blocks,
-    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, BACK: tl.constexpr, POLL: tl.constexpr, PACK: tl.constexpr,
+    R: tl.constexpr, BH: tl.constexpr, S: tl.constexpr, L: tl.constexpr, BACK: tl.constexpr,
+    POLL: tl.constexpr, POLL_MAP: tl.constexpr, PACK: tl.constexpr, PATIENT: tl.constexpr,
     ROTATE: tl.constexpr, HAS_STARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     columns = R // BH
@@ -363,8 +413,8 @@ def _gated_scan_backward_kernel(
     inf: tl.constexpr = float("inf")
 
     stream = B * H * (2 * R)
-    column_C = (group // columns) * (2 * R) + first + c_C
-    column_SC = column_C[None, :] + tl.zeros([S, BH], tl.int32)
+    column = (group // columns) * (2 * R) + first
+    c_SC = c_C[None, :] + tl.zeros([S, BH], tl.int32)
     t0 = block * (S * L)
     t_S, start = t0 + rows_S * L, t0.to(tl.int64)
     g1 = _load_steps(g_ptr + start * g_t, g_offs, g_t, t_S, T, inf, L, MASKED)
@@ -380,7 +430,7 @@ def _gated_scan_backward_kernel(
     table_0 = b * table_b + start * R + first
     cos, sin = _load_tables(cos_ptr + table_0, sin_ptr + table_0, table_offs, t_S, T, R, L, ROTATE, MASKED)
     keep = _load_keeps(starts_ptr + b * T, t_S, T, L, HAS_STARTS)
-    state = saved_ptr + block.to(tl.int64) * 2 * stream + column_C
+    state = saved_ptr + block.to(tl.int64) * 2 * stream + column + c_C
     in_k1, in_k2 = tl.load(state), tl.load(state + R)
     in_v1, in_v2 = tl.load(state + stream), tl.load(state + stream + R)
     u1, u2, e_k1, e_k2 = (), (), (), ()
@@ -396,16 +446,16 @@ def _gated_scan_backward_kernel(
     behind1, p_k1, p_v1 = _in_front(decay1, end_k1, end_v1, True)
     behind2, p_k2, p_v2 = _in_front(decay2, end_k2, end_v2, True)
     if BACK > 1:
-        entry_C = maps_ptr + order.to(tl.int64) * 3 * stream + column_C
+        entry_C = maps_ptr + order.to(tl.int64) * 3 * stream + column + c_C
         _publish_map(
             entry_C, R, stream, behind1, behind2, decay1, decay2, p_k1, p_k2, p_v1, p_v2, end_k1, end_k2, end_v1, end_v2, is_first_S1
         )  # fmt: skip
-    from_k1, from_k2, from_v1, from_v2 = _await(chain_ptr, maps_ptr, order, stream, column_SC, R, BACK, POLL, PACK)
-    p_k1, p_k2 = behind1 * from_k1 + p_k1, behind2 * from_k2 + p_k2
-    p_v1, p_v2 = behind1 * from_v1 + p_v1, behind2 * from_v2 + p_v2
+    p_k1, p_k2, p_v1, p_v2 = _arrive(
+        chain_ptr, maps_ptr, order, stream, column, c_SC, behind1, behind2, p_k1, p_k2, p_v1, p_v2, R, BACK, POLL, POLL_MAP, PACK, PATIENT
+    )  # fmt: skip
     end_k1, end_k2 = decay1 * p_k1 + end_k1, decay2 * p_k2 + end_k2
     end_v1, end_v2 = decay1 * p_v1 + end_v1, decay2 * p_v2 + end_v2
-    entry_C = chain_ptr + (order + 1).to(tl.int64) * 2 * stream + column_C
+    entry_C = chain_ptr + (order + 1).to(tl.int64) * 2 * stream + column + c_C
     _publish(entry_C, R, stream, end_k1, end_k2, end_v1, end_v2, is_first_S1)
 
     # the averages of the block once more, for the gates' gradient
@@ -457,18 +507,24 @@ def _tiles(k_BTHK: Tensor) -> tuple[Tile, Tile]:
 
 def _launch_shape(tile: Tile, like_BTHK: Tensor) -> tuple[tuple[int], int, dict[str, Any]]:
     """The grid, the number of blocks along time, and the options both kernels share."""
-    most_pairs, segments, steps, warps, registers, back = tile
     batch, length, heads, channels = like_BTHK.shape
-    pairs = next(p for p in (64, 32, 16, 8) if p <= most_pairs and channels % (2 * p) == 0)  # channels are a multiple of 16
-    blocks = triton.cdiv(length, segments * steps)
-    warps = min(warps, max(1, segments * pairs // 32))  # no thread without an entry of its own: see _await_words
-    pack = 0 if triton.knobs.runtime.interpret else min(2, segments * pairs // (32 * warps))  # interpreted programs run in turn
-    poll = _polling(pack, channels // 2)
+    pairs = next(p for p in (64, 32, 16, 8) if p <= tile.pairs and channels % (2 * p) == 0)  # channels are a multiple of 16
+    block = tile.segments * tile.steps
+    blocks = triton.cdiv(length, block)
+    warps = min(tile.warps, max(1, tile.segments * pairs // 32))  # no thread without an entry of its own: see _polling
     options = {
-        "R": channels // 2, "BH": pairs, "S": segments, "L": steps, "BACK": back, "POLL": poll, "PACK": pack, "num_warps": warps, "maxnreg": registers,
+        "R": channels // 2, "BH": pairs, "S": tile.segments, "L": tile.steps, "BACK": tile.back, "num_warps": warps,
+        "maxnreg": tile.registers, "MASKED": length % block != 0,
     }  # fmt: skip
+    pack = min(2, tile.segments * pairs // (32 * warps))
     grid = batch * heads * (channels // 2 // pairs) * blocks
-    return (grid,), blocks, {"MASKED": length % (segments * steps) != 0, **options}
+    return (grid,), blocks, {**options, **_polls(pack, channels // 2, tile.patient)}
+
+
+def _polls(pack: int, pairs: int, patient: bool) -> dict[str, Any]:
+    """The options of `_arrive`; interpreted programs run one behind the other, and so need not wait."""
+    pack = 0 if triton.knobs.runtime.interpret else pack
+    return {"PACK": pack, "PATIENT": patient, "POLL": _polling(2, pack, pairs, patient), "POLL_MAP": _polling(3, pack, pairs)}
 
 
 def scan_forward(
@@ -484,11 +540,11 @@ def scan_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Launches the forward: (k_out, v_out, last states (2, B, H, K) fp32, states in front of every backward block or None)."""
     batch, length, heads, _ = k_BTHK.shape
-    forward_tile, (_, segments, steps, *_) = _tiles(k_BTHK)
-    grid, blocks, options = _launch_shape(forward_tile, k_BTHK)
+    tile, backward_tile = _tiles(k_BTHK)
+    grid, blocks, options = _launch_shape(tile, k_BTHK)
     k_out, v_out = (torch.empty(k_BTHK.shape, dtype=out_dtype, device=k_BTHK.device) for _ in range(2))
-    chain, maps = _new_chain(blocks, forward_tile[-1], k_BTHK, start)
-    save_steps = segments * steps if save else 0
+    chain, maps = _new_chain(blocks, tile.back, k_BTHK, start)
+    save_steps = backward_tile.segments * backward_tile.steps if save else 0
     saved = chain.new_empty(triton.cdiv(length, save_steps), *chain.shape[1:]) if save else None
     cos, sin, table_b = _table_arguments(cos, sin, k_BTHK)
     _gated_scan_forward_kernel[grid](
@@ -519,7 +575,7 @@ def scan_backward(
     if len({place.row_stride for place in places}) > 1:  # the kernel knows one stride for all three
         places = [place.alone() for place in places]
     dk, dv, dg = (place.empty() for place in places)
-    chain, maps = _new_chain(blocks, tile[-1], k_BTHK, dlast)
+    chain, maps = _new_chain(blocks, tile.back, k_BTHK, dlast)
     cos, sin, table_b = _table_arguments(cos, sin, k_BTHK)
     _gated_scan_backward_kernel[grid](
         k_BTHK, v_BTHK, g_BTHK, cos, sin, k_BTHK if starts_BT is None else starts_BT, dk_out_BTHK, dv_out_BTHK, saved,

@@ -1,4 +1,4 @@
-"""The Triton kernels' cases on this machine's GPU, in fp32 and bf16, at shapes a training run has."""
+"""The elementwise kernels on this machine's GPU, in fp32 and bf16, at shapes a training run has."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ import torch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-from tests.ops.kernel_cases import *  # noqa: E402, F403
+from tests.ops.elementwise_cases import *  # noqa: E402, F403
