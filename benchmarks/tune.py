@@ -2,34 +2,57 @@
 
 The winners are written by hand into the tables at the top of each kernel module, so that nothing is ever tuned inside a training step
 and every rank makes the same choice. `--compile I/N` only compiles every N-th variant at a small shape, to fill Triton's cache from
-several processes before the timing run.
+several processes before the timing run. The scan's and the norm's variants are compared with float64 before they are timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.cases import decode_graph
+from benchmarks.cases import decode_graph, relative_error
 from benchmarks.measure import measure_ceilings, time_cuda
-from megarat.ops import rotary_tables
+from megarat.ops import gated_scan, rotary_tables
 from megarat.ops.kernels import decode_attention as decode
 from megarat.ops.kernels import dilated_attention as attention
 from megarat.ops.kernels import gated_scan as scan
 from megarat.ops.kernels import rms_norm as norm
 
-Variant = tuple[str, Callable[[], object]]
 
-# (pairs, segments, steps, warps, registers, how far a link looks back)
-SCAN_FORWARD = [
-    (64, 8, 8, 8, 128, 1), (64, 4, 8, 4, 128, 1), (64, 4, 8, 4, 128, 2), (32, 16, 8, 8, 128, 1), (32, 16, 8, 8, 128, 2), (32, 16, 8, 8, 128, 4),
-    (32, 8, 8, 4, 128, 2), (64, 16, 8, 16, 128, 1), (64, 16, 8, 16, 128, 2),
-]  # fmt: skip
-SCAN_BACKWARD = [(64, 4, 8, 4, 255, 1), (64, 4, 8, 4, 255, 2), (64, 4, 4, 4, 128, 1), (32, 8, 8, 4, 255, 2)]
+class Variant(NamedTuple):
+    """What is timed, and how wrong a result of it is in units of its tolerance (at most 1 passes)."""
+
+    name: str
+    run: Callable[[], object]
+    error: Callable[[Any], float] | None = None
+
+
+# by shape: short ones with many columns, long ones with few
+SCAN_FORWARD = {
+    (8, 4096): [
+        scan.Tile(64, 8, 8, 8, 128, 1), scan.Tile(64, 8, 8, 8, 128, 1, True), scan.Tile(64, 8, 8, 8, 128, 2, True), scan.Tile(64, 4, 8, 4, 128, 1, True),
+        scan.Tile(64, 4, 8, 4, 128, 2, True), scan.Tile(64, 8, 4, 8, 80, 2, True),
+    ],
+    (1, 131072): [
+        scan.Tile(32, 16, 8, 8, 128, 1), scan.Tile(32, 16, 8, 8, 128, 1, True), scan.Tile(32, 16, 8, 8, 128, 2, True),
+        scan.Tile(64, 16, 8, 16, 128, 1), scan.Tile(64, 16, 8, 16, 128, 1, True), scan.Tile(64, 16, 8, 16, 128, 2, True),
+        scan.Tile(64, 8, 8, 8, 128, 1, True), scan.Tile(64, 8, 8, 8, 128, 2), scan.Tile(64, 8, 8, 8, 128, 2, True),
+        scan.Tile(64, 8, 8, 8, 128, 3, True), scan.Tile(64, 8, 8, 8, 128, 4, True), scan.Tile(64, 4, 8, 4, 128, 4, True),
+        scan.Tile(32, 8, 8, 4, 128, 2, True), scan.Tile(64, 8, 4, 8, 80, 4, True),
+    ],
+}  # fmt: skip
+SCAN_BACKWARD = {
+    (8, 4096): [scan.Tile(64, 4, 8, 4, 255, 1), scan.Tile(64, 4, 8, 4, 255, 1, True), scan.Tile(64, 4, 8, 4, 255, 2, True)],
+    (1, 131072): [
+        scan.Tile(32, 8, 8, 4, 255, 2), scan.Tile(32, 8, 8, 4, 255, 1, True), scan.Tile(32, 8, 8, 4, 255, 2, True),
+        scan.Tile(64, 4, 8, 4, 255, 2, True), scan.Tile(64, 4, 8, 4, 255, 4, True),
+    ],
+}  # fmt: skip
 # (queries, keys, warps, stages, registers)
 ATTENTION_FORWARD = [
     (64, 32, 4, 2, 128), (64, 32, 4, 2, 168), (64, 32, 4, 3, 128), (64, 16, 4, 3, 128), (64, 16, 4, 4, 128), (64, 16, 4, 2, 104),
@@ -70,27 +93,45 @@ def with_table(module: Any, name: str, value: Any, run: Callable[[], object]) ->
     return call
 
 
-def scan_variants(batch: int, length: int) -> Iterator[Variant]:
+def scan_variants(batch: int, length: int, small: bool) -> Iterator[Variant]:
+    """The tiles of a shape; `small` compiles the same code on four blocks or so."""
+    shape, length = (batch, length), 1024 if small else length
     k, v, g = projections(3, batch, length)
     dk, dv = projections(2, batch, length)
     cos, sin = rotary_tables(torch.arange(length, device="cuda"), 128)
+    oracle = functools.cache(lambda: scan_oracle((k, v, g), (dk, dv), cos, sin))
+    label, (usual, _) = f"{batch}x{length}", scan._tiles(k)
 
     def forward() -> tuple[torch.Tensor, ...]:
-        return scan.scan_forward(k, v, g, cos, sin, None, None, torch.bfloat16, False)
+        return scan.scan_forward(k, v, g, cos, sin, None, None, torch.bfloat16, False)[:2]
 
-    for tile in SCAN_FORWARD:
-        yield (
-            f"scan forward {batch}x{length} {tile}",
-            with_table(scan, "_tiles", lambda k, tile=tile: (tile, tile), forward),
-        )
-    for tile in SCAN_BACKWARD:
-        regime = lambda k, tile=tile: (tile, tile)  # noqa: E731
-        states = torch.randn(-(-length // (tile[1] * tile[2])), 2, batch, 16, 128, device="cuda")
+    for tile in SCAN_FORWARD[shape]:
+        run = with_table(scan, "_tiles", lambda k, tile=tile: (tile, tile), forward)
+        yield Variant(f"scan forward {label} {tuple(tile)}", run, lambda found: scan_error(found, oracle()[:2], 4e-3))
+    for tile in SCAN_BACKWARD[shape]:
+        states: list[torch.Tensor] = []  # in front of this tile's blocks
 
-        def backward(states: torch.Tensor = states) -> object:
-            return scan.scan_backward(k, v, g, cos, sin, None, states, dk, dv, None)
+        def backward(states: list[torch.Tensor] = states) -> tuple[torch.Tensor, ...]:
+            if not states:
+                states.append(scan.scan_forward(k, v, g, cos, sin, None, None, torch.bfloat16, True)[3])
+            return scan.scan_backward(k, v, g, cos, sin, None, states[0], dk, dv, None)[:3]
 
-        yield f"scan backward {batch}x{length} {tile}", with_table(scan, "_tiles", regime, backward)
+        run = with_table(scan, "_tiles", lambda k, tile=tile: (usual, tile), backward)
+        yield Variant(f"scan backward {label} {tuple(tile)}", run, lambda found: scan_error(found, oracle()[2:], 1e-2))
+
+
+def scan_oracle(
+    inputs: tuple[torch.Tensor, ...], douts: tuple[torch.Tensor, ...], cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Outputs and gradients in float64, of the first and the last head."""
+    wide = [x[:, :, ::15].double().requires_grad_() for x in inputs]
+    outputs = gated_scan(*wide, cos, sin, backend="reference")[:2]
+    gradients = torch.autograd.grad(outputs, wide, [d[:, :, ::15].double() for d in douts])
+    return (*(x.detach() for x in outputs), *gradients)
+
+
+def scan_error(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], tolerance: float) -> float:
+    return max(relative_error(x[:, :, ::15], y) for x, y in zip(found, expected, strict=True)) / tolerance
 
 
 def attention_variants(batch: int, length: int, pattern: tuple[int, int, int], backward: bool) -> Iterator[Variant]:
@@ -103,7 +144,7 @@ def attention_variants(batch: int, length: int, pattern: tuple[int, int, int], b
             ((1 << 30, tile),),
             lambda: attention.attention_forward(q, k, v, None, None, pattern, 0.088),
         )
-        yield f"attention forward {label} {tile}", run
+        yield Variant(f"attention forward {label} {tile}", run)
     if not backward:
         return
     out, lse = attention.attention_forward(q, k, v, None, None, pattern, 0.088)
@@ -112,9 +153,10 @@ def attention_variants(batch: int, length: int, pattern: tuple[int, int, int], b
         return attention.attention_backward(q, k, v, None, None, out, lse, dout, None, pattern, 0.088)
 
     for tile in QUERIES:
-        yield f"attention backward queries {label} {tile}", with_table(attention, "QUERY_TILES", ((1 << 30, tile),), run_backward)
+        run = with_table(attention, "QUERY_TILES", ((1 << 30, tile),), run_backward)
+        yield Variant(f"attention backward queries {label} {tile}", run)
     for tile in KEYS:
-        yield f"attention backward keys {label} {tile}", with_table(attention, "KEY_TILE", tile, run_backward)
+        yield Variant(f"attention backward keys {label} {tile}", with_table(attention, "KEY_TILE", tile, run_backward))
 
 
 def norm_variants(rows: int) -> Iterator[Variant]:
@@ -127,8 +169,14 @@ def norm_variants(rows: int) -> Iterator[Variant]:
         def backward(total=total, dtotal=dtotal, dy=dy, weight=weight, rstd=rstd) -> object:
             return norm.norm_backward(total, weight, rstd, dy, dtotal, torch.bfloat16)
 
+        x, dy_wide = total.double(), dy.double()  # rstd and weight are ones: y = x
+        expected = dy_wide - x * (dy_wide * x).mean(-1, keepdim=True) + dtotal.double(), (dy_wide * x).sum(0)
+
+        def error(found: Any, expected: tuple[torch.Tensor, ...] = expected) -> float:
+            return max(relative_error(y, oracle) for y, oracle in zip((found[0], found[2]), expected, strict=True)) / 1e-2
+
         for setting in NORM_BACKWARD:
-            yield f"norm backward {rows} {dtype} {setting}", with_table(norm, "BACKWARD", setting, backward)
+            yield Variant(f"norm backward {rows} {dtype} {setting}", with_table(norm, "BACKWARD", setting, backward), error)
 
 
 def decode_variants() -> Iterator[Variant]:
@@ -142,7 +190,7 @@ def decode_variants() -> Iterator[Variant]:
                     graphs.append(decode_graph(24, 2048, 32000, 64, 4096, pattern))
                 return graphs[0]()
 
-            yield f"decode step 64x4096 {pattern} {tile}", with_table(decode, "TILES", ((1 << 30, tile),), replay)
+            yield Variant(f"decode step 64x4096 {pattern} {tile}", with_table(decode, "TILES", ((1 << 30, tile),), replay))
 
 
 def all_variants(group: str, small: bool) -> Iterator[Variant]:
@@ -155,8 +203,8 @@ def all_variants(group: str, small: bool) -> Iterator[Variant]:
         yield from norm_variants(4096 if small else 32768)
         return
     if group == "scan":
-        yield from scan_variants(batch, length)
-        yield from scan_variants(1, 4096 if small else 131072)
+        for shape in SCAN_FORWARD:
+            yield from scan_variants(*shape, small)
         return
     yield from attention_variants(batch, length, (64, 0, 0), backward=True)
     yield from attention_variants(batch, length, (16, 256, 4), backward=True)
@@ -168,19 +216,21 @@ def all_variants(group: str, small: bool) -> Iterator[Variant]:
 
 def compile_share(group: str, share: str) -> None:
     index, shares = (int(part) for part in share.split("/"))
-    for number, (_, run) in enumerate(all_variants(group, small=True)):
+    for number, variant in enumerate(all_variants(group, small=True)):
         if number % shares == index:
-            attempt(run)
+            failure, error = attempt(variant)
+            print(f"{variant.name}: {failure or f'{error:.3f} of the tolerance'}", flush=True)
     torch.cuda.synchronize()
 
 
-def attempt(run: Callable[[], object]) -> str | None:
-    """Runs it; the reason if this GPU cannot (too much shared memory, say)."""
+def attempt(variant: Variant) -> tuple[str | None, float]:
+    """Runs it: the reason if this GPU cannot (too much shared memory, say) or the result is wrong, and its error."""
     try:
-        run()
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:100]}"
-    return None
+        found = variant.run()
+        error = 0.0 if variant.error is None else variant.error(found)
+    except Exception as failure:
+        return f"{type(failure).__name__}: {str(failure)[:100]}", float("nan")
+    return (None if error <= 1 else f"WRONG, {error:.2f} times its tolerance"), error
 
 
 def main() -> None:
@@ -194,9 +244,10 @@ def main() -> None:
     ceilings = measure_ceilings()
     print(f"copy {ceilings.bytes_per_s / 1e12:.2f} TB/s, bf16 product {ceilings.flop_per_s / 1e12:.0f} TFLOP/s")
     began = time.time()
-    for name, run in all_variants(arguments.group, small=False):
-        failure = attempt(run)
-        print(f"{time.time() - began:6.1f} {name}: {failure or f'{time_cuda(run, budget_ms=30.0).median:.3f} ms'}", flush=True)
+    for variant in all_variants(arguments.group, small=False):
+        failure, error = attempt(variant)
+        result = failure or f"{time_cuda(variant.run, budget_ms=30.0).median:.3f} ms, {error:.3f} of the tolerance"
+        print(f"{time.time() - began:6.1f} {variant.name}: {result}", flush=True)
 
 
 if __name__ == "__main__":
