@@ -97,7 +97,7 @@ class Engine:
             name: names.pieces(name, tuple(tensor.shape), mesh.place.tensor, mesh.shape.tensor)
             for name, tensor in initial.items()
         }
-        optimizer = _adamw(_parameter_groups(model, config.optim), config.optim, mesh.device)
+        optimizer = make_adamw(_parameter_groups(model, config.optim), config.optim, mesh.device)
         parameters = sum(tensor.numel() for tensor in initial.values())
         settings = _deepspeed_config(config, self.precision, self.micro_batches, parameters)
         with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory use
@@ -624,7 +624,7 @@ def _parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, An
     return groups + ([{"params": exempt, "weight_decay": 0.0}] if exempt else [])
 
 
-def _adamw(groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+def make_adamw(groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW: torch's (fused on a GPU), or apex's FusedAdam."""
     settings: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     if optim.implementation == "apex":
