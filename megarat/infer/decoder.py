@@ -52,8 +52,8 @@ class Decoder:
     """``rows`` sequences of at most ``capacity`` tokens under one reading.
 
     ``buckets`` are the batch sizes a step is made for (default: powers of two, and ``rows``); only ids below ``vocabulary`` are drawn.
-    ``graphs``: capture steps in CUDA graphs (on CPUs, with top-k blocks, under SnapKV and where ranks share the model, steps are plain
-    calls). Raises ``UserError`` where that many rows do not fit into memory.
+    ``graphs``: whether steps are captured in CUDA graphs; None: unless with top-k blocks or under SnapKV. On CPUs and where ranks share the
+    model, steps are always plain calls. Raises ``UserError`` where that many rows do not fit into memory.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Decoder:
         vocabulary: int | None = None,
         *,
         buckets: Sequence[int] | None = None,
-        graphs: bool = True,
+        graphs: bool | None = None,
     ) -> None:
         weight = model.embedding.weight
         self._model = model
@@ -80,7 +80,8 @@ class Decoder:
         self._active: list[int] = []
         is_cuda = weight.device.type == "cuda"
         self._host_B = torch.zeros(rows, dtype=torch.int64, pin_memory=True) if is_cuda else None
-        self._capturing = graphs and is_cuda and reading.is_plain and model.ranks.size == 1
+        wanted = reading.is_plain if graphs is None else graphs
+        self._capturing = wanted and is_cuda and model.ranks.size == 1
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._capturing else None
         self._chunk = prefill_chunk(model.config)
@@ -104,13 +105,22 @@ class Decoder:
         """The same for token ids (B, T), int64, right-padded, of ``lengths_B`` tokens each."""
         device, end = self.ids_B.device, first + len(samplings)
         own = self.cache.rows(first, first + len(ids_BT))
-        logits_BV = prefill(self._model, ids_BT.to(device), lengths_B.to(device), own, self._chunk, padded)
+        logits_BV = self._prefill(ids_BT.to(device), lengths_B.to(device), own, padded)
         if len(ids_BT) < len(samplings):
             self.cache.rows(first + 1, end).copy_(own)
             logits_BV = logits_BV.expand(len(samplings), -1)
         draws = self.draws.rows(first, end)
         draws.start(samplings)
         self._draw(logits_BV, draws, self.ids_B[first:end], all(sampling.takes_the_likeliest for sampling in samplings))
+
+    def _prefill(self, ids_BT: Tensor, lengths_B: Tensor, cache: SparseCache, padded: bool) -> Tensor:
+        """Logits behind each prompt, of as many prompts at a time as their activations allow."""
+        many = max(1, self._chunk // ids_BT.shape[1])
+        parts = [
+            prefill(self._model, ids_BT[n : n + many], lengths_B[n : n + many], cache.rows(n, n + many), self._chunk, padded)
+            for n in range(0, len(ids_BT), many)
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def move(self, row: int, target: int) -> None:
         """Put a row's sequence into another row."""

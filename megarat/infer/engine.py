@@ -113,7 +113,7 @@ class Engine:
         rows: int,
         capacity: int,
         buckets: Sequence[int] | None = None,
-        graphs: bool = True,
+        graphs: bool | None = None,
     ) -> None:
         if tokenizer.vocab_size > model.config.vocab:
             raise UserError(

@@ -6,12 +6,16 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from megarat.config import ModelConfig
 from megarat.errors import UserError
+from megarat.infer import decoder
 from megarat.infer.cache import SparseCache, cache_bytes
 from megarat.infer.forward import decode_step, prefill
 from megarat.infer.generate import generate
+from megarat.infer.reading import read_as
+from megarat.infer.sampling import Draws, draw
 from megarat.model.lm import RATPlusLM
 from megarat.model.pattern import resolve
 
@@ -78,8 +82,7 @@ def test_prefill_and_decode_equal_the_full_forward_of_sharp_float64_weights(spec
     assert worst_error(sharp_model(recurrence), spec, LENGTHS, STEPS) < 1e-11
 
 
-@pytest.mark.parametrize("recurrence", [True, False])
-@pytest.mark.parametrize("chunk", [1, 5, 16, 60])
+@pytest.mark.parametrize(("chunk", "recurrence"), [(1, True), (5, True), (16, True), (60, True), (5, False), (60, False)])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_prefill_in_chunks_equals_the_full_forward(spec, chunk, recurrence):
     """Prompts that end in, at the edge of and before the last chunk; windows, initial tokens and dilations across chunks."""
@@ -182,3 +185,45 @@ def test_impossible_prompts_are_refused(ids, mask, new, message):
     with pytest.raises(UserError) as error:
         generate(model, ids, new, resolve("dense", 2, 2), attention_mask_BT=mask)
     assert message in str(error.value)
+
+
+READINGS = [
+    "D=4,W=3,I=1",
+    [["D=2", "D=8,W=3,I=1"], ["dense", "D=16"]],
+    "D=8 + topk blocks=3,size=8",
+    "dense + snapkv size=24,window=8,answer=40",
+]
+
+
+@pytest.mark.parametrize("spec", READINGS, ids=str)
+def test_a_step_asks_the_device_nothing(spec):
+    """Tensors without values refuse every question about one (``item``, ``bool``, ``nonzero``), and a CUDA graph may hold no such question."""
+    shape = ModelConfig(layers=2, hidden=32, heads=2, vocab=50)
+    with FakeTensorMode(), torch.no_grad():
+        cache = SparseCache(shape, read_as(spec, shape), 3, 64, torch.float32, "cpu")
+        logits_BV = decode_step(RATPlusLM(shape), torch.zeros(3, dtype=torch.int64), cache, torch.ones(3, dtype=torch.int64))
+        assert draw(logits_BV, Draws.of(3, 50, "cpu")).shape == (3,)
+        with pytest.raises(DataDependentOutputException):
+            bool(logits_BV[0, 0] > 0)
+
+
+@pytest.mark.parametrize("spec", [SPECS[3], READINGS[-1]], ids=str)
+def test_many_prompts_are_read_a_few_at_a_time(spec, monkeypatch):
+    shape = ModelConfig(layers=2, hidden=32, heads=2, vocab=50, init_std=0.3)
+    model, ids_BT = (
+        RATPlusLM(shape).double().initialise(1),
+        torch.randint(0, 50, (5, 20), generator=torch.Generator().manual_seed(2)),
+    )
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[3, 7:] = 0
+    reading, read = read_as(spec, shape), []
+    at_once = generate(model, ids_BT, 9, reading, attention_mask_BT=mask_BT)
+
+    def noting(model, ids_BT, *others):
+        read.append(tuple(ids_BT.shape))
+        return prefill(model, ids_BT, *others)
+
+    monkeypatch.setattr(decoder, "prefill_chunk", lambda config: 45)
+    monkeypatch.setattr(decoder, "prefill", noting)
+    assert torch.equal(generate(model, ids_BT, 9, reading, attention_mask_BT=mask_BT), at_once)
+    assert read == [(2, 20), (2, 20), (1, 20)]
