@@ -147,6 +147,10 @@ class TrainConfig:
         False,
         "Matrix products of the layers in FP8 with one scale a tensor (needs an H100 or newer); weights, moments and the rest stay.",
     )
+    fused_gelu: bool = setting(
+        False,
+        "Do not keep the output of GELU, the largest activation of a layer: the backward makes it again in one pass with its gradient.",
+    )
     weight_gradients: Literal["separate", "product", "apex"] = setting(
         "separate",
         "How weight gradients of the layers reach their fp32 sums: `separate` adds what a product wrote in bf16; `product`: the product adds "
@@ -342,6 +346,8 @@ def validate(config: Config, source: str = "config") -> None:
         _validate_fp8(config, source)
     if config.train.compile:
         _validate_compile(config, source)
+    if config.train.fused_gelu:
+        _validate_fused_gelu(config, source)
     if config.train.weight_gradients != "separate":
         _validate_weight_gradients(config, source)
     if config.train.cuda_graphs:
@@ -409,6 +415,15 @@ def _validate_compile(config: Config, source: str) -> None:
         ("train.fp8", False, "FP8 layers replace the products that would be compiled"),
     ):
         _refuse(config, source, "train.compile", "false", key, legal if isinstance(legal, tuple) else (legal,), reason)
+
+
+def _validate_fused_gelu(config: Config, source: str) -> None:
+    for key, legal, reason in (
+        ("train.fp8", (False,), "FP8 layers keep a copy of GELU's output in FP8"),
+        ("train.compile", (False,), "the compiler itself decides what is kept and what is made again"),
+        ("train.weight_gradients", ("separate",), "it replaces the product that would add to fp32 sums"),
+    ):
+        _refuse(config, source, "train.fused_gelu", "false", key, legal, reason)
 
 
 def _validate_weight_gradients(config: Config, source: str) -> None:

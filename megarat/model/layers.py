@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megarat.ops import add_rms_norm, rms_norm
+from megarat.ops import add_rms_norm, gelu_linear, rms_norm
 from megarat.parallel.tensor import ALONE, ColumnLinear, RowLinear, TensorParallel
 
 
@@ -74,6 +74,7 @@ class FeedForward(nn.Module):
         self.up = ColumnLinear(width, multiple * width, ranks)
         self.down = RowLinear(multiple * width, width, ranks)
         self.recompute = False  # norm and GELU once more in the backward, instead of keeping their outputs
+        self.fused_gelu = False  # GELU once more in the backward, in one pass with its gradient
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """(B, T, C) in the residual dtype -> (B, T, C) in the dtype of the matrices."""
@@ -83,6 +84,8 @@ class FeedForward(nn.Module):
         """The same, given also the norm of ``x_BTC``."""
         with made_again(normal_BTC, lambda: self.norm(x_BTC), self.recompute):
             raised_BTF = self.up(normal_BTC)
+        if self.fused_gelu:
+            return self.down(raised_BTF, gelu_linear)
         active_BTF = functional.gelu(raised_BTF)
         with made_again(active_BTF, lambda: functional.gelu(raised_BTF), self.recompute):
             return self.down(active_BTF)

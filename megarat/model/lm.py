@@ -236,6 +236,7 @@ def local_model(config: Config, mesh: Mesh) -> RATPlusLM:
     model.recompute = config.parallel.recompute == "full"
     for block in model.blocks:
         block.mixer.recompute = block.ffn.recompute = config.parallel.recompute == "selective"
+        block.ffn.fused_gelu = config.train.fused_gelu
         block.compiled = config.train.compile
         if config.train.fp8:
             for linear in block.linears:

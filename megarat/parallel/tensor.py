@@ -130,9 +130,9 @@ class RowLinear(nn.Module):
         self.product: Product = functional.linear
         self.weight = matrix(fan_out, ranks.share(fan_in), ranks)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        """(B, T, in / n) -> the residual stream's slice."""
-        return self.ranks.leave(self.product(x_BTC, self.weight))
+    def forward(self, x_BTC: Tensor, product: Product | None = None) -> Tensor:
+        """(B, T, in / n) -> the residual stream's slice; by another product than the layer's own if one is given."""
+        return self.ranks.leave((product or self.product)(x_BTC, self.weight))
 
 
 class VocabularyEmbedding(nn.Module):

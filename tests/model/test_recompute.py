@@ -9,15 +9,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megarat.config import validate
+from megarat.errors import UserError
 from megarat.model import layers
 from megarat.model.layers import FeedForward
+from megarat.model.lm import local_model
 
 
-def gradients(recompute: bool, dtype: torch.dtype) -> list[torch.Tensor]:
+def gradients(recompute: bool, dtype: torch.dtype, fused_gelu: bool = False) -> list[torch.Tensor]:
     settings = tiny_run.config()
     model = tiny_run.model(settings).to(dtype)
     for block in model.blocks:
         block.mixer.recompute = block.ffn.recompute = recompute
+        block.ffn.fused_gelu = fused_gelu
     ids, labels = tiny_run.micro_batches(1)[0]
     for patterns in (settings.sparse_patterns, settings.patterns):
         model(ids, patterns, labels).backward()
@@ -30,6 +34,12 @@ def gradients(recompute: bool, dtype: torch.dtype) -> list[torch.Tensor]:
 def test_gradients_are_equal_bit_for_bit(dtype):
     for kept, made_again in zip(gradients(False, dtype), gradients(True, dtype), strict=True):
         assert torch.equal(kept, made_again)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gelu_in_one_pass_with_its_gradient_gives_the_same_gradients(recompute):
+    for kept, fused in zip(gradients(False, torch.float64), gradients(recompute, torch.float64, fused_gelu=True), strict=True):
+        torch.testing.assert_close(fused, kept, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -75,3 +85,15 @@ def test_no_product_is_repeated():
             gradients(recompute, torch.float32)
         counts.append(products.count)
     assert counts[0] == counts[1]
+
+
+def test_a_run_turns_gelu_in_one_pass_on_where_layers_make_their_products_in_the_usual_way(mesh):
+    settings = tiny_run.config()
+    settings.train.fused_gelu = True
+    assert all(block.ffn.fused_gelu for block in local_model(settings, mesh).blocks)
+    for key, value in (("fp8", True), ("compile", True), ("weight_gradients", "product")):
+        other = tiny_run.config()
+        other.train.fused_gelu = True
+        setattr(other.train, key, value)
+        with pytest.raises(UserError, match=rf"train\.fused_gelu with train\.{key}"):
+            validate(other, "test")
