@@ -230,7 +230,7 @@ def _add_plan(verbs: Any) -> None:
 
 def _add_status(verbs: Any) -> None:
     parser = verbs.add_parser("status", help="where runs stand: jobs, pair, loss, speed, time left, restarts, checkpoint, health")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or one of several runs")
     parser.set_defaults(run=_status)
 
 
@@ -401,7 +401,8 @@ def _plan(arguments: argparse.Namespace) -> None:
 def _status(arguments: argparse.Namespace) -> None:
     from megarat.status import report
 
-    print(report(arguments.runs))
+    for number, paragraph in enumerate(report(arguments.runs)):
+        print("\n" * (number > 0) + paragraph)
 
 
 def _doctor(_: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class RunStatus:
     checkpoint: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)  # starts and endings of its Slurm jobs
     jobs: dict[str, str] = field(default_factory=dict)  # job id -> what squeue says of it
+    pieces: int | None = None  # of its work that an evaluation has done; None: this is none
 
     @property
     def pair(self) -> int:
@@ -101,20 +102,56 @@ def read(run_dir: str | Path) -> RunStatus:
         status.seconds_since = time.time() - (folder / "metrics.jsonl").stat().st_mtime
     names = [entry.name for entry in (folder / "checkpoints").glob("pair_*") if entry.name[5:].isdigit()]
     status.checkpoint = max(names, key=lambda name: int(name[5:]), default=None)
+    if (folder / "work").exists():
+        status.pieces = sum(1 for _ in folder.glob("work/*/*.json"))
     status.jobs = _queue(list(dict.fromkeys(str(line["job"]) for line in status.history if "job" in line)))
     return status
 
 
-def report(run_dirs: Sequence[str | Path]) -> str:
-    """One paragraph a run."""
-    return "\n\n".join(describe(read(run_dir)) for run_dir in run_dirs)
+def report(run_dirs: Sequence[str | Path]) -> Iterator[str]:
+    """One paragraph a run, and one for each run below a folder of several, such as adaptations.
+
+    Raises ``UserError`` that names what is no run folder, after all the others.
+    """
+    faults = []
+    for run_dir in run_dirs:
+        below = (
+            []
+            if (Path(run_dir) / "config.yaml").exists()
+            else sorted(path.parent for path in Path(run_dir).glob("*/config.yaml"))
+        )
+        try:
+            yield describe(read(run_dir))
+        except UserError as error:
+            faults += [] if below else [str(error)]
+        for folder in below:
+            yield describe(read(folder))
+    if faults:
+        raise UserError("; ".join(faults))
 
 
 def describe(status: RunStatus) -> str:
-    """The lines of one run."""
+    """The lines of one run; few of a folder in which nothing is trained."""
+    jobs = ", ".join(f"{job} {state}" for job, state in status.jobs.items()) or "none in the queue"
+    health = "; ".join(status.health) or "nothing to complain about"
+    if status.pieces is not None:
+        rows = {
+            "jobs": jobs,
+            "pieces": f"{status.pieces:,} of an evaluation are done",
+            "restarts": str(status.restarts),
+            "health": health,
+        }
+    elif status.pairs is None and not status.metrics:
+        rows = {"jobs": jobs, "checkpoint": status.checkpoint or "none yet", "restarts": str(status.restarts), "health": health}
+    else:
+        rows = _rows_of_training(status, jobs, health)
+    return "\n".join([str(status.run_dir), *(f"  {name:<11} {value}" for name, value in rows.items())])
+
+
+def _rows_of_training(status: RunStatus, jobs: str, health: str) -> dict[str, str]:
     last = status.metrics[-1] if status.metrics else {}
-    rows = {
-        "jobs": ", ".join(f"{job} {state}" for job, state in status.jobs.items()) or "none in the queue",
+    return {
+        "jobs": jobs,
         "pair": f"{status.pair:,}" + (f" of {status.pairs:,}" if status.pairs else ""),
         "tokens": f"{last['tokens']:,}" if last else "0",
         "loss": ", ".join(f"{name} {_number(last.get(f'loss_{name}'))}" for name in ("sparse", "dense") if last) or "-",
@@ -123,9 +160,8 @@ def describe(status: RunStatus) -> str:
         "restarts": str(status.restarts),
         "checkpoint": status.checkpoint or "none yet",
         "last pair": "-" if status.seconds_since is None else f"{duration(status.seconds_since)} ago",
-        "health": "; ".join(status.health) or "nothing to complain about",
+        "health": health,
     }
-    return "\n".join([str(status.run_dir), *(f"  {name:<11} {value}" for name, value in rows.items())])
 
 
 def duration(seconds: float) -> str:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 _NODE_SECONDS = 300  # for the part of the check that each node makes alone
+_CONTROLLER_SECONDS = 900  # that Slurm's controller may be away: it is being restarted, or moves to another host
+_AWAY = ("contact slurm controller", "timed out", "Zero Bytes", "onnection")  # what its clients say then
 _IMPORT_SECONDS = 240  # for torch, which every node of a large job reads at once from a shared file system
 
 
@@ -32,8 +34,8 @@ class Job:
         self.gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
 
     def is_ending(self) -> bool:
-        """Whether Slurm itself is ending this job: it was cancelled, preempted or has met its time limit."""
-        state = _output("squeue", "-h", "-j", self.id, "-o", "%T")
+        """Whether Slurm itself is ending this job: it was cancelled, preempted or has met its time limit. Waits for a controller that is away."""
+        state = _output("squeue", "-h", "-j", self.id, "-o", "%T", patience=_CONTROLLER_SECONDS)
         return state is not None and state not in ("RUNNING", "")
 
     def requeue(self, without: Sequence[str]) -> str | None:
@@ -142,9 +144,16 @@ def _by_node(reports: Sequence[Mapping[str, object]], key: str) -> dict[str, str
     return {str(report["node"]): str(report[key]) for report in reports if report.get(key)}
 
 
-def _output(*command: str) -> str | None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
+def _output(*command: str, patience: float = 0) -> str | None:
+    """What a command prints, None when it fails; tried again for ``patience`` seconds while Slurm's controller does not answer."""
+    deadline = time.monotonic() + patience
+    while True:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.strip()
+        if time.monotonic() > deadline or not any(words in done.stderr for words in _AWAY):
+            return None
+        time.sleep(5)
 
 
 def _complaint(*command: str) -> str | None:

@@ -94,8 +94,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
     job = site.sbatch(
         "pretrain.sbatch", [str(run_dir), str(config)], f"pretrain-{run_dir.name}", run_dir / "slurm/%x-%j.out", signal=notice(arguments, plan)
     )  # fmt: skip
-    if not arguments.dry_run:
-        record(run_dir, job)
+    record(site, run_dir, job)
     if adaptation:
         _adapt_and_evaluate(site, adaptation, run_dir, job)
     print(f"look at it: megarat status {run_dir}")
@@ -118,7 +117,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     site, _ = prepare(arguments, out, None)
     patterns = [option for pattern in arguments.pattern for option in ("--pattern", pattern)]
     parameters = [str(out), arguments.target, *patterns, "--tasks", arguments.tasks]
-    site.sbatch("eval.sbatch", parameters, f"eval-{out.name}", out / "slurm/%x-%j.out")
+    record(site, out, site.sbatch("eval.sbatch", parameters, f"eval-{out.name}", out / "slurm/%x-%j.out"))
 
 
 def build_data(arguments: argparse.Namespace) -> None:
@@ -127,7 +126,8 @@ def build_data(arguments: argparse.Namespace) -> None:
         raise Refused("data needs inputs and options of data_tools.build_shards after --, such as: -- text/ --tokenizer FILE")
     out = Path(arguments.target).absolute()
     site, _ = prepare(arguments, Path(f"{out}-build"), None)
-    site.sbatch("data.sbatch", [str(out), *arguments.rest], f"data-{out.name}", Path(f"{out}-build/slurm/%x-%j.out"))
+    build = Path(f"{out}-build")
+    record(site, build, site.sbatch("data.sbatch", [str(out), *arguments.rest], f"data-{out.name}", build / "slurm/%x-%j.out"))
 
 
 def _adapt_and_evaluate(site: Site, plan: dict[str, Any], parent: Path, after: str) -> None:
@@ -147,12 +147,18 @@ def _adapt_and_evaluate(site: Site, plan: dict[str, Any], parent: Path, after: s
         "eval.sbatch", [str(base), "--tasks", arguments.tasks], f"eval-{base.name}", logs / "%x-%A_%a.out",
         dependency=f"aftercorr:{adaptation}", **common,
     )  # fmt: skip
-    site.sbatch("report.sbatch", [str(base)], f"report-{base.name}", logs / "%x-%j.out", dependency=f"afterany:{evaluation}")
-    print(f"the report will be {base / 'report.md'}")
+    end = site.sbatch(
+        "report.sbatch", [str(base)], f"report-{base.name}", logs / "%x-%j.out", dependency=f"afterany:{evaluation}"
+    )
+    for job in (adaptation, evaluation, end):
+        record(site, base, job)
+    print(f"look at it: megarat status {base}; the report will be {base / 'report.md'}")
 
 
-def record(run_dir: Path, job: str) -> None:
+def record(site: Site, run_dir: Path, job: str) -> None:
     """Let ``megarat status`` know of a job that waits for its first start."""
+    if site.arguments.dry_run:
+        return
     with (run_dir / "slurm/history.jsonl").open("a", encoding="utf-8") as file:
         file.write(
             json.dumps({"event": "submitted", "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "job": job}) + "\n"

@@ -54,7 +54,7 @@ from job import ROOT, Job, end, python, srun
 
 _LOOK_S = 1.0  # between looks at a running step
 _LOCK_S = 300.0  # that an earlier start's ranks get to end; after that, this start's are refused and say by whom
-_STACKS_S = 5.0  # that hanging ranks get to print where they are
+_STACKS_S = 15.0  # that hanging ranks get to print where they are
 
 # ---- one start ---------------------------------------------------------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ def main() -> int:
     if history.open_start():
         ending = Ending(LOST, progress(arguments.run_dir))
         decision = decide(ending, history.endings(), arguments.retries)
-        history.record("end", kind=LOST, pair=ending.pair)
+        history.record("end", kind=LOST, pair=ending.pair, why=decision.why, requeued=decision.requeue)
         _say(f"start {job.restart} of job {job.id} {decision.why}")
         if not decision.requeue:
             return decision.code

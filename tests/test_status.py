@@ -82,6 +82,29 @@ def test_no_run_folder(tmp_path, capsys):
     assert "is no run folder" in capsys.readouterr().err
 
 
+def test_a_folder_of_several_runs_shows_each_and_what_is_no_run_comes_last(run, tmp_path, capsys):
+    together, other = tmp_path / "adapted", tmp_path / "other"
+    for name in ("D4", "D16"):
+        (together / name).mkdir(parents=True)
+        (together / name / "config.yaml").write_text((run / "config.yaml").read_text())
+        write_lines(together / name / "metrics.jsonl", [{"pair": int(name[1:]), "tokens": 1}])
+    write_lines(together / "slurm/history.jsonl", [{"event": "submitted", "job": "9"}])
+    other.mkdir()
+    assert main(["status", str(other), str(together)]) == 2
+    printed = capsys.readouterr()
+    paragraphs = printed.out.split("\n\n")
+    assert [paragraph.partition("\n")[0] for paragraph in paragraphs] == [str(together / name) for name in ("", "D16", "D4")]
+    assert "pair        16 of 10" in paragraphs[1] and "pair " not in paragraphs[0] and str(other) in printed.err
+
+
+def test_an_evaluation_is_counted_in_pieces_of_work(tmp_path):
+    write_lines(tmp_path / "work/ppl/1.json", [{}])
+    write_lines(tmp_path / "work/ppl/2.json", [{}])
+    write_lines(tmp_path / "slurm/history.jsonl", [{"event": "start", "job": "9"}])
+    printed = describe(read(tmp_path))
+    assert "pieces      2 of" in printed and "pair" not in printed
+
+
 def test_neither_torch_nor_numpy_is_imported(run):
     code = f"import sys\nfrom megarat.cli import main\nmain(['status', {str(run)!r}])\nassert not {{'torch', 'numpy'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
