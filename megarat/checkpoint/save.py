@@ -15,6 +15,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ from megarat.config import Config, ModelConfig
 from megarat.errors import ToldByFirstRank, UserError
 from megarat.files import replace_synced, sync, write_synced
 from megarat.model.pattern import describe
+
+_SYNCING_THREADS = 8
 
 
 @dataclass
@@ -139,13 +142,15 @@ def remove_leftovers(checkpoints: Path) -> None:
 
 
 def _write(folder: Path, target: Path, snapshot: Snapshot, group: ProcessGroup | None) -> Manifest:
-    """Fill ``folder``, which is to become ``target``; returns what this rank wrote of the tensors."""
+    """Fill ``folder``, which is to become ``target``; returns what this rank wrote of the tensors, and synced."""
     comm.first_decides(lambda: _write_description(folder, target, snapshot), group)
     moments = {f"{kind}.{name}": tensor for kind, named in snapshot.moments.items() for name, tensor in named.items()}
     written: Manifest = {}
     for part, tensors in {WEIGHTS: snapshot.weights, MASTERS: snapshot.masters, OPTIMIZER: moments}.items():
         if tensors:
             written |= {f"{part}/{name}": entry for name, entry in _write_tensors(folder / part, tensors, group).items()}
+    with ThreadPoolExecutor(_SYNCING_THREADS) as pool:
+        list(pool.map(sync, [folder / name for name in written]))
     return written
 
 
@@ -161,7 +166,7 @@ def _write_description(folder: Path, target: Path, snapshot: Snapshot) -> None:
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Held], group: ProcessGroup | None) -> Manifest:
-    """This rank's files of one part; torch syncs them, and fails on every rank when it fails on one."""
+    """This rank's files of one part, not synced yet; torch fails on every rank when it fails on one."""
     writer = Writer(folder, bytes_held(tensors))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
