@@ -1,10 +1,11 @@
-"""Generation by the 1.5B model on one GPU, through the engine: `python -m benchmarks.inference [--only decode,throughput,prefill,memory]`.
+"""Generation by the 1.5B model on one GPU, through the engine: `python -m benchmarks.inference [--only decode,throughput] [--pattern D=16]`.
 
 Random weights in bf16. Rows are appended to benchmarks/inference.csv, and the tables of docs/inference.md are made anew from the last
 row of each case.
 
     decode      a step of 64 sequences that are almost 4096 tokens long, beside the floor of its bytes
-    throughput  as many sequences as fit: 1024 tokens each behind prompts of 3072 (all the same one, which is read once and copied)
+    throughput  as many sequences as fit, in whole tiles of a matrix product: 1024 tokens each behind prompts of 3072 (all the same one, which
+                is read once and copied)
     prefill     a prompt of 131072 tokens to its first new token, beside the floor of its arithmetic
     memory      what the allocator was asked for, beside the formula
 
@@ -18,6 +19,7 @@ import datetime
 import gc
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -42,6 +44,8 @@ COLUMNS = (
     "value", "unit", "floor", "note",
 )  # fmt: skip
 DENSE = "dense"
+_TILE = 128  # rows of a tile of a matrix product
+_WARM = 3  # steps before the clock starts, the first of which reads the prompt
 Row = dict[str, object]
 
 
@@ -97,15 +101,17 @@ def decode(bench: Bench, pattern: str, rows: int, length: int, sampling: Samplin
 
 
 def throughput(bench: Bench, pattern: str, prompt: int, new: int, most: int | None = None) -> Row:
-    """Tokens a second of the largest batch that fits, from the first tokens of all to the last."""
+    """Tokens a second of the largest batch that fits, from the first steps (read, compile, capture) to the last."""
     each = cache_bytes(bench.shape, read_as(pattern, bench.shape), prompt + new)
     rows = largest_batch(each, bench.device)
     rows = min(rows, most) if most else rows
+    rows = rows // _TILE * _TILE if rows > 8 * _TILE else rows
     engine = bench.engine(pattern, rows, prompt + new)
     ids = bench.prompt(prompt)
     for _ in range(rows):
         engine.submit(Request(ids, new))
-    engine.step()
+    for _ in range(_WARM):
+        engine.step()
     bench.sync()
     start = time.perf_counter()
     while engine.busy:
@@ -114,7 +120,7 @@ def throughput(bench: Bench, pattern: str, prompt: int, new: int, most: int | No
     floors = [bench.ceilings.floor_ms(bench.step_bytes(pattern, rows, n), 0.0) for n in range(prompt, prompt + new, 64)]
     return {
         "kind": "throughput", "pattern": pattern, "sequences": rows, "prompt": prompt, "new": new,
-        "value": round(rows * (new - 2) / seconds), "unit": "tokens/s", "floor": round(rows / (sum(floors) / len(floors)) * 1e3),
+        "value": round(rows * (new - 1 - _WARM) / seconds), "unit": "tokens/s", "floor": round(rows / (sum(floors) / len(floors)) * 1e3),
         "note": f"{rows * each / 2**30:.1f} GiB of cache",
     }  # fmt: skip
 
@@ -155,21 +161,27 @@ def _requested() -> int:
     return requested
 
 
-def cases(bench: Bench, kinds: list[str]) -> Iterator[Callable[[], Row]]:
-    """In the order of their worth."""
+def cases(bench: Bench, kinds: list[str], wanted: list[str]) -> Iterator[Callable[[], Row]]:
+    """In the order of their worth; ``wanted`` are patterns, none: all."""
+    for pattern, case in _all_cases(bench, kinds):
+        if not wanted or pattern in wanted:
+            yield case
+
+
+def _all_cases(bench: Bench, kinds: list[str]) -> Iterator[tuple[str, Callable[[], Row]]]:
     if "decode" in kinds:
         for pattern in ("D=64", "D=16", "D=16,W=256,I=4", DENSE):
-            yield lambda pattern=pattern: decode(bench, pattern, 64, 4096)
-        yield lambda: decode(bench, "D=16", 64, 4096, Sampling(0.8, 0.9, 1.1))
+            yield pattern, partial(decode, bench, pattern, 64, 4096)
+        yield "D=16", partial(decode, bench, "D=16", 64, 4096, Sampling(0.8, 0.9, 1.1))
     if "prefill" in kinds:
         for pattern in ("D=16", DENSE, "D=64"):
-            yield lambda pattern=pattern: prefill(bench, pattern, 131072)
+            yield pattern, partial(prefill, bench, pattern, 131072)
     if "memory" in kinds:
         for pattern in (DENSE, "D=16,I=4", "D=64,I=4", "D=16,W=256,I=4"):
-            yield lambda pattern=pattern: memory(bench, pattern, 16, 4096)
+            yield pattern, partial(memory, bench, pattern, 16, 4096)
     if "throughput" in kinds:
         for pattern in ("D=16", DENSE, "D=64"):
-            yield lambda pattern=pattern: throughput(bench, pattern, 3072, 1024)
+            yield pattern, partial(throughput, bench, pattern, 3072, 1024)
 
 
 def page(rows: list[dict[str, str]]) -> str:
@@ -233,6 +245,7 @@ def write_page(results: Path = CSV, target: Path = PAGE) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="decode,prefill,memory,throughput")
+    parser.add_argument("--pattern", action="append", default=[], help="only this one; repeatable")
     parser.add_argument("--results", type=Path, default=CSV)
     parser.add_argument("--page", action="store_true", help="only make the page's tables from the results there are")
     arguments = parser.parse_args()
@@ -245,7 +258,7 @@ def main() -> None:
         "copy_tb_s": round(bench.ceilings.bytes_per_s / 1e12, 3), "matmul_tflop_s": round(bench.ceilings.flop_per_s / 1e12, 1),
     }  # fmt: skip
     print(", ".join(f"{key} {value}" for key, value in shared.items()), flush=True)
-    for case in cases(bench, arguments.only.split(",")):
+    for case in cases(bench, arguments.only.split(","), arguments.pattern):
         gc.collect()
         torch.cuda.empty_cache()
         start = time.perf_counter()
