@@ -22,6 +22,7 @@ from megarat.ops import (
     decode_step,
     dilated_attention,
     gated_scan,
+    gelu_and_gradient,
     linear_cross_entropy,
     output_gate,
     rms_norm,
@@ -136,19 +137,24 @@ def recurrences_of_fla(k, v, g, grads: list[torch.Tensor] | None) -> dict[str, C
     With `grads`, the gradients of the two outputs, only the backward.
     """
     try:
-        from fla.ops.hgrn import chunk_hgrn
+        from fla.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn
     except ImportError:
         return {}
     batch, length = k.shape[:2]
     log_gate = F.logsigmoid(g.float()).to(k.dtype).view(batch, length, -1)
     streams = [(torch.sigmoid(-g.float()) * x.float()).to(k.dtype).view(batch, length, -1) for x in (k, v)]
-    name = "fla chunk_hgrn, two calls, the recurrence alone"
-    if grads is None:
-        return {name: lambda: [chunk_hgrn(x, log_gate)[0] for x in streams]}
-    inputs = [x.requires_grad_() for x in (*streams, log_gate)]
-    outputs = [chunk_hgrn(x, log_gate)[0] for x in inputs[:2]]
-    douts = [d.reshape(batch, length, -1) for d in grads]
-    return {name: lambda: torch.autograd.grad(outputs, inputs, douts, retain_graph=True)}
+    douts = [torch.empty(0)] if grads is None else [d.reshape(batch, length, -1) for d in grads]
+
+    def call(recurrence) -> Callable[[], object]:
+        def run(first, second, log_gate):
+            return recurrence(first, log_gate)[0], recurrence(second, log_gate)[0]
+
+        return differentiated_tuple(run, (*streams, log_gate), douts, grads is not None)
+
+    return {
+        f"fla {recurrence.__name__}, two calls, the recurrence alone": call(recurrence)
+        for recurrence in (chunk_hgrn, fused_recurrent_hgrn)
+    }
 
 
 # --- dilated attention --------------------------------------------------------------------------------------------------------
@@ -252,6 +258,38 @@ def flex_merged(length: int, pattern: tuple[int, int, int]) -> Callable[..., tor
         return (out_far * (1 - weight) + out_near * weight).transpose(1, 2)
 
     return torch.compile(run, dynamic=False)
+
+
+def gated_attention_case(batch: int, length: int, pattern: tuple[int, int, int], backward: bool) -> Case:
+    """Attention and output gate in one, as the model calls it: the gate is a slice of the fused projection, q, k and v are not."""
+    elements = batch * length * HEADS * CHANNELS
+    flop = 4.0 * CHANNELS * HEADS * batch * visible_pairs(Pattern(*pattern), length)
+    name = f"dilated_attention with output gate, {'backward' if backward else 'forward'}"
+
+    def fused(q, k, v, gate):
+        return dilated_attention(q, k, v, pattern, output_gate_BTHK=gate)
+
+    def apart(q, k, v, gate):
+        return output_gate(dilated_attention(q, k, v, pattern), gate)
+
+    def build() -> dict[str, Callable[[], object]]:
+        q, k, v, gate, dout = (x if i == 3 else x.contiguous() for i, x in enumerate(projections(5, batch, length)))
+        runs = {"megarat": fused, "megarat, the gate in a launch of its own": apart}
+        return {label: differentiated_tuple(run, (q, k, v, gate), [dout], backward) for label, run in runs.items()}
+
+    def error() -> float:
+        q, k, v, gate = (x[:, :, :1].detach().requires_grad_() for x in projections(4, 1, length))
+        wide = [x.detach().double().requires_grad_() for x in (q, k, v, gate)]
+        found = fused(q, k, v, gate)
+        expected = dilated_attention(*wide[:3], pattern, output_gate_BTHK=wide[3], backend="reference")
+        dout = torch.randn_like(found)
+        found_d = torch.autograd.grad(found, (q, k, v, gate), dout)
+        return worst([found], [expected], found_d, torch.autograd.grad(expected, wide, dout.double()))
+
+    return Case(
+        name, f"B={batch} T={length} {pattern_label(pattern)}", elements * BF16 * (10 if backward else 5),
+        flop * (2.5 if backward else 1.0), build, error=error,
+    )  # fmt: skip
 
 
 # --- decode -------------------------------------------------------------------------------------------------------------------
@@ -459,6 +497,27 @@ def elementwise_case(name: str, batch: int, length: int, backward: bool) -> Case
     return Case(label, shape, float(BF16 * tensors * elements), 0.0, build, error=error)
 
 
+def gelu_case(rows: int) -> Case:
+    """GELU's output made again in the backward, beside its gradient."""
+    shape = (rows, 4 * HEADS * CHANNELS)
+
+    def build() -> dict[str, Callable[[], object]]:
+        x, dy = torch.randn(2, *shape, device="cuda", dtype=torch.bfloat16)
+        return {
+            "megarat": lambda: gelu_and_gradient(x, dy),
+            "torch, two passes": lambda: (F.gelu(x), torch.ops.aten.gelu_backward(dy, x)),
+        }
+
+    def error() -> float:
+        x, dy = torch.randn(2, 256, shape[1], device="cuda", dtype=torch.bfloat16)
+        wide = x.double().requires_grad_()
+        expected = F.gelu(wide)
+        found, found_d = gelu_and_gradient(x, dy)
+        return worst([found], [expected], [found_d], torch.autograd.grad(expected, wide, dy.double()))
+
+    return Case("gelu and its gradient", f"N={rows} F={shape[1]}", 4.0 * BF16 * rows * shape[1], 0.0, build, error=error)
+
+
 def all_cases() -> Iterator[Case]:
     """The table of the README, in order."""
     yield scan_case(8, 4096, False, 0.226, 0.187)
@@ -470,6 +529,9 @@ def all_cases() -> Iterator[Case]:
     yield attention_case(8, 4096, (16, 0, 0), False, None, None)
     yield attention_case(8, 4096, (16, 0, 0), True, None, None)
     yield attention_case(8, 4096, (1, 0, 0), False, None, None)
+    for pattern in ((64, 0, 0), (16, 256, 4)):
+        yield gated_attention_case(8, 4096, pattern, False)
+        yield gated_attention_case(8, 4096, pattern, True)
     yield attention_case(1, 131072, (16, 0, 0), False, 14.0, 11.0)
     yield attention_case(1, 131072, (64, 0, 0), False, 6.0, 3.5)
     yield decode_case(64, 4096, (1, 0, 0), 17.0, 15.0)
@@ -480,6 +542,7 @@ def all_cases() -> Iterator[Case]:
     for residual_dtype in (torch.float32, torch.bfloat16):
         yield add_norm_case(32768, residual_dtype, False)
         yield add_norm_case(32768, residual_dtype, True)
+    yield gelu_case(32768)
     for name in ("output_gate", "apply_rotary"):
         yield elementwise_case(name, 8, 4096, False)
         yield elementwise_case(name, 8, 4096, True)
