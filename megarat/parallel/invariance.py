@@ -20,7 +20,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ EPS = (
     1e-3  # of AdamW: well above the rounding of a gradient's element, or the update of a tiny one would be noise divided by noise
 )
 WORLD_SIZES = (1, 2, 4)
+_ROWS = 8
+_HEAD_CHANNELS = 16  # the fewest that the GPU kernels take
 
 Sabotage = Callable[[Engine], None]
 
@@ -52,17 +54,41 @@ class Case(NamedTuple):
     sequence: bool
     zero: int
     micro_batch: int
+    compile: bool = False
+
+    @property
+    def multiple(self) -> int:
+        """Heads, widths, lengths and batches are those for 1, 2 and 4 ranks times this: what their number is divisible by beside powers of two."""
+        return self.shape.size // (self.shape.size & -self.shape.size)
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of a pair."""
+        return _ROWS * self.multiple
+
+    @property
+    def layers(self) -> int:
+        """At least one a stage."""
+        return max(2, self.shape.pipeline)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a data rank."""
+        return self.global_batch // (self.micro_batch * self.shape.data)
 
     @property
     def recompute(self) -> str:
         """How activations are made again in the backward, which changes nothing: all ways in turn."""
-        return ("off", "selective", "full")[(self.zero + self.micro_batch) % 3]
+        way = (self.zero + self.micro_batch) % 3
+        return ("off", "full", "full")[way] if self.compile else ("off", "selective", "full")[way]
 
     def __str__(self) -> str:
-        accumulation = _GLOBAL_BATCH // (self.micro_batch * self.shape.data)
         sequence = ", sequence" if self.sequence else ""
         recompute = "" if self.recompute == "off" else f", recompute {self.recompute}"
-        return f"{self.shape}{sequence}, ZeRO {self.zero}, {accumulation} x {self.micro_batch} sequences{recompute}"
+        compiled = ", compiled" if self.compile else ""
+        return (
+            f"{self.shape}{sequence}, ZeRO {self.zero}, {self.accumulation} x {self.micro_batch} sequences{recompute}{compiled}"
+        )
 
 
 class Findings(NamedTuple):
@@ -94,47 +120,56 @@ class Verdict(NamedTuple):
         return f"{'ok  ' if self.holds else 'FAIL'} {kinds}" + ("" if self.holds else f" ({self.where})")
 
 
-_GLOBAL_BATCH = 8
-_HEADS, _HIDDEN = 4, 64  # heads of 16 channels, the smallest that the GPU kernels take
-
-
 def settings(case: Case, seed: int = 0, device: str = "cpu") -> Config:
-    """The run of a case: heads of two layers under different patterns, of one of them all sparse; clipping on."""
-    mixed, sparse = ["dense", "D=4", "D=2,W=3", "D=-1,W=5,I=2"], ["D=4,W=1,I=2", "D=2,W=3", "D=-1,W=5,I=2", "D=2,W=3"]
+    """The run of a case."""
     shape = case.shape
-    layers = max(2, shape.pipeline)
+    parallel = {
+        "tensor": shape.tensor,
+        "pipeline": shape.pipeline,
+        "context": shape.context,
+        "zero": case.zero,
+        "sequence": case.sequence,
+        "recompute": case.recompute,
+    }
+    train = {"micro_batch": case.micro_batch, "compile": case.compile}
+    return _config(case.layers, case.multiple, seed, device, train, parallel)
+
+
+def _config(layers: int, multiple: int, seed: int, device: str, train: dict[str, Any], parallel: dict[str, Any]) -> Config:
+    """Heads of two layers under different patterns, of one of them all sparse; clipping on."""
+    mixed, sparse = ["dense", "D=4", "D=2,W=3", "D=-1,W=5,I=2"], ["D=4,W=1,I=2", "D=2,W=3", "D=-1,W=5,I=2", "D=2,W=3"]
+    heads = len(mixed) * multiple
     return from_dict(
         {
             "run": {"dir": "none", "device": device},
-            "model": {"layers": layers, "hidden": _HIDDEN, "heads": _HEADS, "vocab": 64, "init_std": 0.1},
+            "model": {
+                "layers": layers,
+                "hidden": _HEAD_CHANNELS * heads,
+                "heads": heads,
+                "vocab": 64 * multiple,
+                "init_std": 0.1,
+            },
             "attention": {
-                "pattern": [mixed, sparse] + ["dense"] * (layers - 2),
+                "pattern": [mixed * multiple, sparse * multiple] + ["dense"] * (layers - 2),
                 "train_dilation": 4,
                 "train_window": 2,
                 "train_initial": 1,
             },
-            "data": {"shards": "none", "sequence_length": 32},
-            "train": {"global_batch": _GLOBAL_BATCH, "micro_batch": case.micro_batch, "seed": seed, "precision": "fp32"},
+            "data": {"shards": "none", "sequence_length": 32 * multiple},
+            "train": {"global_batch": _ROWS * multiple, "seed": seed, "precision": "fp32", **train},
             "optim": {"lr": LR, "clip": 0.5, "eps": EPS},
-            "parallel": {
-                "tensor": shape.tensor,
-                "pipeline": shape.pipeline,
-                "context": shape.context,
-                "zero": case.zero,
-                "sequence": case.sequence,
-                "recompute": case.recompute,
-            },
+            "parallel": parallel,
         }
     )
 
 
-def cases(world_size: int) -> Iterator[Case]:
-    """Every legal mesh of ``world_size`` ranks, with every ZeRO stage, with and without sequence parallelism, in micro-batches of 1 and 2."""
+def cases(world_size: int, compiled: bool = False) -> Iterator[Case]:
+    """Every legal mesh of ``world_size`` ranks, with every ZeRO stage, with and without sequence parallelism, in micro-batches of 1, 2 and 4."""
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     for pipeline, context, tensor in itertools.product(divisors, repeat=3):
         data, rest = divmod(world_size, pipeline * context * tensor)
-        for sequence, zero, micro_batch in itertools.product((False, True), (1, 2, 3), (2, 1)):
-            case = Case(Shape(pipeline, data, context, tensor), sequence, zero, micro_batch)
+        for sequence, zero, micro_batch in itertools.product((False, True), (1, 2, 3), (4, 2, 1)):
+            case = Case(Shape(pipeline, data, context, tensor), sequence, zero, micro_batch, compiled)
             if rest == 0 and not (sequence and tensor == 1) and _is_legal(case, world_size):
                 yield case
 
@@ -148,19 +183,23 @@ def _is_legal(case: Case, world_size: int) -> bool:
 
 
 def batch(config: Config, seed: int, pair: int) -> tuple[Tensor, Tensor]:
-    """The global batch of a pair: inputs and labels (8, T)."""
+    """The global batch of a pair: inputs and labels (B, T)."""
     generator = torch.Generator().manual_seed(1000 * seed + pair)
-    length = config.data.sequence_length
-    tokens = torch.randint(0, config.model.vocab, (_GLOBAL_BATCH, length + 1), generator=generator)
+    rows, length = config.train.global_batch, config.data.sequence_length
+    tokens = torch.randint(0, config.model.vocab, (rows, length + 1), generator=generator)
     labels = tokens[:, 1:].clone()
-    left_out = torch.randint(0, length, (_GLOBAL_BATCH, 1), generator=generator)
+    left_out = torch.randint(0, length, (rows, 1), generator=generator)
     return tokens[:, :-1].contiguous(), labels.scatter_(1, left_out, -100)
 
 
-@functools.cache
-def reference(seed: int, layers: int = 2) -> Findings:
+def reference(case: Case, seed: int) -> Findings:
     """One process, the whole batch at once, plain PyTorch."""
-    config = settings(Case(Shape(pipeline=layers), False, 1, 1), seed)
+    return _reference(case.layers, case.multiple, seed)
+
+
+@functools.cache
+def _reference(layers: int, multiple: int, seed: int) -> Findings:
+    config = _config(layers, multiple, seed, "cpu", {"micro_batch": 1}, {})
     model = RATPlusLM(config.model).initialise(seed)
     optim = config.optim
     adamw = torch.optim.AdamW(
@@ -235,7 +274,7 @@ def _own_share(whole: tuple[Tensor, Tensor], case: Case, mesh: Mesh) -> list[Mic
     """This data rank's micro-batches, cut as the loader cuts them."""
     step = case.micro_batch * case.shape.data
     first = mesh.place.data * case.micro_batch
-    starts = range(first, _GLOBAL_BATCH, step)
+    starts = range(first, case.global_batch, step)
     return [(whole[0][start : start + case.micro_batch], whole[1][start : start + case.micro_batch]) for start in starts]
 
 
@@ -266,7 +305,7 @@ def _worst(errors: Tensor) -> float:
 
 def judge(chosen: Sequence[Case], seed: int, device: str = "cpu", sabotage: Sabotage | None = None) -> list[Verdict]:
     """The verdicts of cases that this world can run, on every rank."""
-    return [compare(measure(case, seed, device, sabotage), reference(seed, settings(case).model.layers)) for case in chosen]
+    return [compare(measure(case, seed, device, sabotage), reference(case, seed)) for case in chosen]
 
 
 def main() -> int:
@@ -279,12 +318,14 @@ def main() -> int:
         "--worlds", type=int, nargs="+", default=WORLD_SIZES, help="without a launcher: CPU processes to start here"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--compile", action="store_true", help="with train.compile, on the meshes that take it")
     arguments = parser.parse_args()
     process = meshes.identify(os.environ)
     sizes = [process.world_size] if process.world_size > 1 else arguments.worlds
     failed = 0
     for size, seed in itertools.product(sizes, arguments.seeds):
-        for case, verdict in _verdicts(size, seed, arguments.device, here=process.world_size > 1 or size == 1):
+        chosen = list(cases(size, arguments.compile))
+        for case, verdict in _verdicts(chosen, size, seed, arguments.device, here=process.world_size > 1 or size == 1):
             failed += not verdict.holds
             if process.rank == 0:
                 print(f"{verdict}  {case}, seed {seed}", flush=True)
@@ -293,9 +334,8 @@ def main() -> int:
     return int(failed > 0)
 
 
-def _verdicts(world_size: int, seed: int, device: str, here: bool) -> Iterator[tuple[Case, Verdict]]:
+def _verdicts(chosen: list[Case], world_size: int, seed: int, device: str, here: bool) -> Iterator[tuple[Case, Verdict]]:
     """Each case of a world and its verdict: this world, one by one as they are found, or a world of CPU processes started for it."""
-    chosen = list(cases(world_size))
     if here:
         yield from ((case, judge([case], seed, device)[0]) for case in chosen)
     else:
