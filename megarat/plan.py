@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megarat import mesh, rates
-from megarat.config import Config, ModelConfig
+from megarat.config import Config, ModelConfig, from_dict
 from megarat.errors import UserError
 from megarat.log import METRICS
 from megarat.mesh import Shape
@@ -152,8 +152,10 @@ def make_plan(config: Config, gpus: int, gpu: str = "H200", measured: str | Path
     shape = mesh.check(config, gpus)
     known = rates.measured(gpu) if measured is None and config.train.precision != "fp32" else None
     efficiency = EFFICIENCY if measured is None else measured_mfu(Path(measured))
-    source = "estimate" if measured is None else f"measured: {measured}"
-    return Plan(config, shape, GPUS.get(gpu), memory(config, shape), efficiency, known.source if known else source, known)
+    source = known.source if known else "estimate" if measured is None else f"measured: {measured}"
+    if config.train.fp8 and measured is None:
+        source += ", FP8 products taken to be as slow as bf16"
+    return Plan(config, shape, GPUS.get(gpu), memory(config, shape), efficiency, source, known)
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------------------------
@@ -338,7 +340,8 @@ def alternatives(plan: Plan, gpu: Gpu, count: int = 5) -> list[Plan]:
         if (shape := _legal_shape(config, plan.shape.size)) is not None
     ]
     fitting = [other for other in found if other.fits]
-    return sorted(fitting, key=lambda other: (-round(other.tokens_per_second(gpu)), other.memory.total))[:count]
+    ranked = sorted(fitting, key=lambda other: (-round(other.tokens_per_second(gpu)), other.memory.total))
+    return list(itertools.islice((other for other in ranked if _is_valid(other.config)), count))
 
 
 def _variants(config: Config) -> Iterator[Config]:
@@ -346,6 +349,15 @@ def _variants(config: Config) -> Iterator[Config]:
     for tensor, pipeline, context, zero, micro in itertools.product(degrees, degrees, degrees, (1, 2, 3), (1, 2, 4, 8, 16)):
         parallel = dataclasses.replace(config.parallel, tensor=tensor, pipeline=pipeline, context=context, zero=zero)
         yield dataclasses.replace(config, parallel=parallel, train=dataclasses.replace(config.train, micro_batch=micro))
+
+
+def _is_valid(config: Config) -> bool:
+    """Whether the keys go together, such as ``train.fp8`` with these degrees."""
+    try:
+        from_dict(config.to_dict())
+    except UserError:
+        return False
+    return True
 
 
 def _legal_shape(config: Config, gpus: int) -> Shape | None:

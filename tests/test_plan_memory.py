@@ -181,6 +181,14 @@ def test_alternatives_are_legal_fit_and_are_ranked():
         assert plan.make_plan(other.config, 8).shape == other.shape
 
 
+def test_alternatives_keep_to_what_the_config_can_have():
+    """FP8 layers know no tensor ranks; without FP8 some of the fastest have them."""
+    fp8, usual = (plan.make_plan(published(train={"fp8": on}), 64) for on in (True, False))
+    assert any(other.shape.tensor > 1 for other in plan.alternatives(usual, usual.gpu))
+    assert all(other.shape.tensor == 1 for other in plan.alternatives(fp8, fp8.gpu))
+    assert "FP8 products taken to be as slow as bf16" in plan.report(fp8) and "FP8" not in plan.report(usual)
+
+
 def test_a_run_too_large_is_refused_with_what_fits(tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text("run: {dir: unused}\ndata: {shards: unused}\ntrain: {micro_batch: 32}\n")
