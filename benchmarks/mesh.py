@@ -18,6 +18,7 @@ import argparse
 import datetime
 import gc
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -74,6 +75,9 @@ RUNS = {
     "tensor-sequence": Run({"tensor": 2, "sequence": True}, 4),
     "pipeline": Run({"pipeline": 2}, 1),
     "context": Run({"context": 2}, 4),
+    "context-tensor": Run(
+        {"context": 2, "tensor": 2, "sequence": True}, 8
+    ),  # of four GPUs; on those, others have twice the data ranks
 }
 
 
@@ -244,11 +248,15 @@ def stamp(device: torch.device) -> dict[str, str]:
 
 
 def write_plans(path: Path, options: argparse.Namespace) -> None:
-    """What `megarat plan` says about every run of 1 and 2 GPUs, as JSON."""
+    """What `megarat plan` says about every run on as few GPUs as it takes, as JSON."""
     plans = {}
     for name, run in RUNS.items():
         config = build_config(run, options)
-        ranks = 1 if name.startswith("one") else 2
+        ranks = (
+            1
+            if name.startswith("one")
+            else max(2, math.prod(getattr(config.parallel, axis) for axis in ("tensor", "pipeline", "context")))
+        )
         told = plan.as_json(plan.make_plan(config, ranks))
         plans[name] = {key: value for key, value in told.items() if not key.startswith("config")}
     path.write_text(json.dumps(plans, indent=1))

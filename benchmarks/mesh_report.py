@@ -1,6 +1,6 @@
 """The tables of docs/parallelism.md, from benchmarks/mesh.csv, links.csv and train.csv: `python -m benchmarks.mesh --report`.
 
-The last row of each (size, run) counts. A run's distance is that of its losses (both passes of each pair) from those of the run `one`, as the
+The last row of each (size, run, number of GPUs) counts. A run's distance is that of its losses (both passes of each pair) from those of the run `one`, as the
 median of the differences in the first half of the pairs and in the second (medians: whether a training stumbles at some pair is chance). A mesh
 is within the noise of bf16 when both are at most those of a run of one GPU whose initial weights were moved by less than bf16 resolves
 (`rounded`): nobody can tell those two trainings apart by what they computed with.
@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent
 
 def write(document: Path, results: Path, links: Path, training: Path = FOLDER / "train.csv") -> None:
     """Puts the tables between the marks of the document."""
-    rows = latest(read(results), "size", "run")
+    rows = latest(read(results), "size", "run", "gpus")
     tables = [*header(rows), *(line for size in sizes(rows) for line in size_lines(size, rows))]
     lines = [*tables, *scaling_lines(training), *link_lines(links)]
     document.write_text(between(document.read_text(), BEGIN, END, "\n".join(lines)))

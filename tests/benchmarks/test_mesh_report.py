@@ -29,7 +29,9 @@ def report(folder: Path, mesh_dense: str) -> str:
     rows = [
         row("one", 1, 100.0, "3.0 2.0", "2.5 1.5"),
         row("one-rounded-1", 1, 90.0, "3.0 2.1", "2.5 1.6"),
+        row("zero1", 2, 150.0, "3.0 2.01", "2.5 9.9"),
         row("zero1", 2, 190.0, "3.0 2.01", mesh_dense),
+        row("zero1", 4, 360.0, "3.0 2.01", "2.5 1.51"),
     ]
     append(rows, folder / "mesh.csv", COLUMNS)
     (folder / "doc.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
@@ -39,8 +41,9 @@ def report(folder: Path, mesh_dense: str) -> str:
 
 def test_a_mesh_is_judged_by_the_noise_of_one_gpu(tmp_path):
     text = report(tmp_path, "2.5 1.51")
-    assert "| `zero1` | 2 |" in text
+    assert "| `zero1` | 2 |" in text and "150" not in text
     assert "| 95.0% |" in text
+    assert "| `zero1` | 4 |" in text and "| 90.0% |" in text
     assert "every mesh is within it" in text
     assert "old" not in text
     assert text.startswith("before")
@@ -54,6 +57,6 @@ def test_a_mesh_whose_losses_drift_is_named(tmp_path):
 def test_the_distance_is_that_of_both_passes_in_each_half(tmp_path):
     report(tmp_path, "2.5 1.51")
     with (tmp_path / "mesh.csv").open(newline="") as file:
-        one, rounded, mesh = csv.DictReader(file)
+        one, rounded, _, mesh, _ = csv.DictReader(file)
     assert distance(rounded, one) == pytest.approx((0.0, 0.1))
     assert distance(mesh, one) == pytest.approx((0.0, 0.01))
