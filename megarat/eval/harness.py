@@ -35,6 +35,7 @@ class HarnessScore:
     samples: int
     version: float | str  # of the task's definition
     seconds: float
+    cache_bytes_per_sequence: int = 0  # bf16, for a sequence of the longest length; told by who knows the model
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON."""

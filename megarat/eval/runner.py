@@ -29,6 +29,7 @@ from megarat.eval.retrieval import NeedleRun, NeedleScore
 from megarat.eval.speed import speed_items
 from megarat.eval.tasks import parse_tasks
 from megarat.eval.together import Together
+from megarat.infer.cache import cache_bytes
 from megarat.infer.load import LoadedModel, join_ranks, load
 from megarat.infer.reading import Reading, ReadingSpec
 from megarat.infer.text import find_tokenizer
@@ -176,7 +177,8 @@ def _harness(
 
     def score(reading: Reading, task: str) -> dict[str, Any]:
         scorer = Scorer(model.lm, reading, tokenizer, batch=settings.micro_batch, max_length=length)
-        return run_harness(scorer, str(reading), [task], folder, settings.limit)[0].to_dict()
+        [row] = run_harness(scorer, str(reading), [task], folder, settings.limit)
+        return replace(row, cache_bytes_per_sequence=cache_bytes(model.config, reading, length)).to_dict()
 
     items = [
         Item(f"harness-{task}-{short_hash(str(reading))}", 1, partial(score, reading, task))
@@ -230,8 +232,13 @@ def table(results: dict[str, Any]) -> str:
         "longbench": _longbench_table,
         "harness": _harness_table,
     }
-    parts = [tables[task](rows) for task, rows in results["tasks"].items()]
-    return "\n\n".join([*parts, *([_speed_table(results["speed"])] if results.get("speed") else [])])
+    parts = [tables[task](_in_cells(rows)) for task, rows in results["tasks"].items()]
+    return "\n\n".join([*parts, *([_speed_table(_in_cells(results["speed"]))] if results.get("speed") else [])])
+
+
+def _in_cells(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Layers that differ are separated by the sign that separates cells."""
+    return [row | {"pattern": row["pattern"].replace("|", "\\|")} for row in rows]
 
 
 def _perplexity_table(rows: list[dict[str, Any]]) -> str:

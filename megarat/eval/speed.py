@@ -30,6 +30,7 @@ class SpeedScore:
     prompt_tokens: int
     prefill_tokens_per_s: float  # of one prompt alone
     decode_tokens_per_s: float  # of all sequences together
+    cache_bytes_per_sequence: int  # bf16, for prompt and steps
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
@@ -68,8 +69,9 @@ def measure(model: RATPlusLM, reading: Reading, length: int, batch: int) -> dict
     rows = min(batch, largest_batch(cache_bytes(model.config, reading, length, weight.dtype), weight.device))
     new = max(2, min(_STEPS, length // 2))
     prompt = [1 + n % (model.config.vocab - 1) for n in range(max(1, length - new))]
+    size = cache_bytes(model.config, reading, length)
     if rows == 0:
-        return SpeedScore(str(reading), 0, len(prompt), 0.0, 0.0).to_dict()
+        return SpeedScore(str(reading), 0, len(prompt), 0.0, 0.0, size).to_dict()
     engine = Engine(model, reading, NoText(model.config.vocab), rows=rows, capacity=len(prompt) + new, buckets=(rows,))
     first_tokens = [_seconds(lambda: engine.run([Request(prompt, 1)])) for _ in range(3)]
     for _ in range(rows):
@@ -83,6 +85,7 @@ def measure(model: RATPlusLM, reading: Reading, length: int, batch: int) -> dict
         prompt_tokens=len(prompt),
         prefill_tokens_per_s=len(prompt) / min(first_tokens[1:]),
         decode_tokens_per_s=rows / median(steps[len(steps) // 3 :]),
+        cache_bytes_per_sequence=size,
     ).to_dict()
 
 

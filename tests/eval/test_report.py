@@ -49,17 +49,31 @@ def test_the_page_holds_identity_tables_and_picture(tmp_path):
 
 
 def test_what_is_drawn_is_loss_and_mean_accuracy_against_cache():
-    assert panels({"ppl": PPL, "needle": NEEDLE}) == {
+    harness = [
+        {"pattern": "dense", "task": task, "metrics": metrics, "cache_bytes_per_sequence": 7}
+        for task, metrics in (("piqa", {"acc": 0.5}), ("sciq", {"acc": 0.75, "acc_norm": 0.9}), ("text", {"perplexity": 9.0}))
+    ]
+    speed = [{"pattern": "D=4", "prefill_tokens_per_s": 90.0, "decode_tokens_per_s": 30.0, "cache_bytes_per_sequence": 8}]
+    assert panels(results(ppl=PPL, needle=NEEDLE, harness=harness) | {"speed": speed}) == {
         "loss (nats)": [("dense", 4 << 20, 3.25), ("D=16,W=0,I=0", 1 << 20, 3.5)],
         "needle accuracy (%)": [("dense", 120, 62.5)],
+        "harness, mean acc (%)": [("dense", 7, 62.5)],
+        "prefill (tokens/s)": [("D=4", 8, 90.0)],
+        "decode (tokens/s)": [("D=4", 8, 30.0)],
     }
+
+
+def test_layers_that_differ_stay_in_their_cell():
+    rows = [row | {"pattern": "dense | D=16,W=0,I=0"} for row in PPL[:1]]
+    [line] = [line for line in table(results(ppl=rows)).splitlines() if "dense" in line]
+    assert line.startswith("| dense \\| D=16,W=0,I=0 | 3.2500 |")
 
 
 def test_without_caches_to_compare_there_is_no_picture(tmp_path):
     row = {
         "pattern": "dense",
-        "task": "piqa",
-        "metrics": {"acc": 0.5},
+        "task": "text",
+        "metrics": {"perplexity": 9.0},
         "stderr": {},
         "samples": 4,
         "version": 1.0,
