@@ -13,7 +13,9 @@ import megarat
 from megarat.checkpoint.manifest import CheckpointState, read_manifest
 from megarat.checkpoint.save import Snapshot, save
 from megarat.config import ModelConfig
+from megarat.eval.runner import EvalSettings, evaluate
 from megarat.model import names
+from megarat.train.adapt import adapt
 
 MODEL = ModelConfig(layers=2, hidden=256, heads=2, vocab=2048)
 
@@ -44,6 +46,38 @@ def test_only_the_bytes_of_the_weights_are_read(checkpoint, dtype, part):
     megarat.load(checkpoint, "D=4", "cpu", dtype)
     around = 50_000 * len(names.logical_shapes(MODEL))
     assert 2 * needed <= bytes_read() - before < 2 * needed + around < sum(files.values())
+
+
+def adapt_one_pair(checkpoint: Path, shards: Path, run_dir: Path) -> None:
+    config = tiny_run.config(
+        run={"dir": str(run_dir)},
+        model={"layers": MODEL.layers, "hidden": MODEL.hidden, "heads": MODEL.heads, "vocab": MODEL.vocab},
+        attention={"pattern": "D=4,W=2,I=1"},
+        data={"shards": str(shards)},
+        train={"pairs": 1, "precision": "bf16"},
+    )
+    adapt(config, checkpoint)
+
+
+def evaluate_a_little(checkpoint: Path, shards: Path, _: Path) -> None:
+    settings = EvalSettings(["D=4"], shards=str(shards), split="train", limit_tokens=64, precision="fp32", device="cpu")
+    evaluate(checkpoint, settings)
+
+
+@pytest.mark.parametrize("phase", [adapt_one_pair, evaluate_a_little])
+def test_of_the_tensors_adaptation_and_evaluation_read_the_masters_alone(mesh, checkpoint, tmp_path, phase):
+    """Counted by the system, which knows nothing of checkpoints; what is read beside them (shards, config) is small."""
+    shards = tiny_run.write_shards(tmp_path / "shards")
+    phase(checkpoint, shards, tmp_path / "first")  # imports
+    files = {name: entry.bytes for name, entry in read_manifest(checkpoint).items()}
+    needed = sum(size for name, size in files.items() if name.startswith("masters/"))
+    before = bytes_read()
+    phase(checkpoint, shards, tmp_path / "second")
+    beside = 50_000 * len(names.logical_shapes(MODEL)) + 1_000_000
+    assert 2 * needed <= bytes_read() - before < 2 * needed + beside
+    assert beside < min(
+        sum(size for name, size in files.items() if name.startswith(f"{part}/")) for part in ("weights", "optimizer")
+    )
 
 
 @pytest.mark.parametrize("pattern", ["dense", "D=4,W=2,I=1", ["D=8", ["D=2", "D=-1,W=3"]]], ids=str)
