@@ -1,9 +1,10 @@
 """Do switches change what is learnt? The same tokens trained under several of them: `python -m benchmarks.losses [--pairs 500] [ARM …]`.
 
 A model of 12 layers learns to predict the bytes of Python's own standard library (present wherever this runs), in pairs of updates as in
-pretraining. The first arm is the default; each other one changes what its name says, or the seed of the initial weights, which shows how
-far two equal runs lie apart. Rows go to benchmarks/losses.csv: mean losses of both passes over the last tenth of the pairs, the distance
-from the first arm, pair by pair over that stretch (mean and root mean square), and the time.
+pretraining. The first arm is the default; each other one changes what its name says. How far two equal runs lie apart is shown by the arm
+that sums the same gradients in another order, and by another seed of the initial weights. Rows go to benchmarks/losses.csv: mean losses of
+both passes over the last tenth of the pairs, the distance from the first arm, pair by pair over that stretch (mean and root mean square),
+and the time.
 """
 
 from __future__ import annotations
@@ -43,14 +44,17 @@ class Arm(NamedTuple):
 
     settings: dict[str, dict[str, Any]]
     reference: bool = False  # all operations by their plain torch form
+    reverse: bool = False  # the sequences of each batch the other way round: the same arithmetic, summed in another order
 
 
 ARMS = {
     "default": Arm({}),
     "fp8": Arm({"train": {"fp8": True}}),
+    "rows in another order": Arm({}, reverse=True),
     "another seed": Arm({"train": {"seed": 1}}),
     "another seed, fp8": Arm({"train": {"seed": 1, "fp8": True}}),
     "reference operations": Arm({}, reference=True),
+    "weight gradients summed by products": Arm({"train": {"weight_gradients": "product"}}),
     "compiled": Arm({"train": {"compile": True}}),
     "bf16 residual": Arm({"model": {"residual_dtype": "compute"}}),
     "one summed update": Arm({"train": {"recipe": "summed"}}),
@@ -101,7 +105,8 @@ def train(name: str, data: Tensor, options: argparse.Namespace) -> tuple[list[tu
     engine = Engine(local_model(config, mesh).initialise(config.train.seed), config, mesh)
     losses, began = [], time.perf_counter()
     for pair in range(options.pairs):
-        micro_batch = batch_of(data, pair, options, mesh.device)
+        ids_BT, labels_BT = batch_of(data, pair, options, mesh.device)
+        micro_batch = (ids_BT.flip(0), labels_BT.flip(0)) if arm.reverse else (ids_BT, labels_BT)
         lr = learning_rate(pair, config.train.pairs, config.optim)
         summed = config.train.recipe == "summed"
         result = train_pair(engine, [micro_batch], sparse_patterns(config, pair), config.patterns, lr, None, summed)

@@ -10,7 +10,8 @@ import torch
 
 # The first match of a kernel's name counts.
 CLASSES = (
-    ("attention", r"sdpa|flash|fmha|attention|^_decode_"),
+    # torch.compile calls a pointwise kernel after all that it fuses, so only its templates (triton_tem) are attention.
+    ("attention", r"sdpa|flash|fmha|^_dilated_attention|^_decode_|^triton_tem_.*attention"),
     ("scan", r"_scan"),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|splitK|_scaled_mm|gemv"),
     ("optimizer", r"FusedAdam|fused_adam|FusedOptimizer|multi_tensor|foreach|lpnorm|norm_kernel|NormOps|clip"),

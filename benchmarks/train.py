@@ -40,7 +40,7 @@ COLUMNS = (
     "time", "gpu", "gpus", "driver", "torch", "triton", "deepspeed", "commit", "copy_tb_s", "matmul_tflop_s", "implementation", "size",
     "length", "micro_batch", "accumulation", "mesh", "settings", "data", "pairs", "joint_tokens_s", "sparse_tokens_s", "dense_tokens_s",
     "mfu", "pair_ms", "spread_ms", "sparse_forward_ms", "sparse_backward_ms", "dense_forward_ms", "dense_backward_ms", "update_ms",
-    "data_ms", "peak_gb", "first_pair_s", "start_s", "loss_sparse", "loss_dense",
+    "data_ms", "peak_gb", "first_pair_s", "start_s", "loss_sparse", "loss_dense", "to_first_step_s",
 )  # fmt: skip
 PROFILE_COLUMNS = (
     "time",
@@ -160,8 +160,16 @@ def watch_engine(engine: Any, watch: Stopwatch) -> None:
     """Times what the engine does, by pass."""
     watch.time(engine, "_forward", "forward")
     watch.time(engine, "_backward", "backward")
+    if engine._recorded is not None:
+        watch.time(engine._recorded, "loss", "forward")  # a recording is forward and backward in one
     watch.time(engine, "_decide", "update")
     watch.time(engine, "_step", "update")
+
+
+def process_age() -> float:
+    """Seconds since this process was started (Linux), imports and all."""
+    started = float(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def train_pairs(
@@ -231,7 +239,8 @@ def describe(row: dict[str, Any], config: Config, ceilings: Ceilings | None) -> 
         f"  sparse {row.get('sparse_tokens_s')} tokens/s ({row.get('sparse_forward_ms')} + {row.get('sparse_backward_ms')} ms), "
         f"dense {row.get('dense_tokens_s')} tokens/s ({row.get('dense_forward_ms')} + {row.get('dense_backward_ms')} ms), "
         f"update {row['update_ms']} ms, data {row['data_ms']} ms",
-        f"  start {row['start_s']} s, first pair {row['first_pair_s']} s, losses {row['loss_sparse']} {row['loss_dense']}",
+        f"  start {row['start_s']} s, first pair {row['first_pair_s']} s, from the start of the process {row['to_first_step_s']} s, "
+        f"losses {row['loss_sparse']} {row['loss_dense']}",
     ]
     if ceilings is not None:
         tokens = config.train.global_batch * length / row["gpus"]
@@ -286,6 +295,7 @@ def _measure(options: argparse.Namespace, folder: str, began: float) -> dict[str
         watch_engine(trainer, watch)
     start_s = time.perf_counter() - began
     first = train_pairs(trainer, batches, config, watch, 1)[0]
+    to_first_step_s = process_age()
     train_pairs(trainer, batches, config, watch, options.warm_up - 1)
     watch.clear()
     history = train_pairs(trainer, batches, config, watch, options.pairs)
@@ -296,7 +306,7 @@ def _measure(options: argparse.Namespace, folder: str, began: float) -> dict[str
         "size": options.size, "length": options.length, "micro_batch": options.micro_batch, "accumulation": options.accumulation,
         "mesh": str(mesh.shape), "gpus": ranks, "settings": " ".join([*options.set, *([] if options.pattern == "dense" else [options.pattern])]),
         "data": options.data, "pairs": options.pairs, "peak_gb": round(peak_gb, 1), "first_pair_s": round(first[0], 1),
-        "start_s": round(start_s, 1), **figures(config, history, watch, ranks, mesh.device),
+        "start_s": round(start_s, 1), "to_first_step_s": round(to_first_step_s, 1), **figures(config, history, watch, ranks, mesh.device),
     }  # fmt: skip
     watch.enabled = False
     kernels = profile_rows(lambda: train_pairs(trainer, batches, config, watch, 1)) if options.profile else []

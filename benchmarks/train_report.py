@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, from train.csv, profile.csv and losses.csv: `python -m benchmarks.train_report`.
+"""The tables of docs/performance.md, from train.csv, levers.csv, profile.csv and losses.csv: `python -m benchmarks.train_report`.
 
 What stands between `<!-- name -->` and `<!-- end -->` is made anew; the text around it is written by hand. The last row of each setting
 counts.
@@ -81,6 +81,34 @@ def levers() -> str:
     return table("switch | joint tokens/s | peak memory", lines)
 
 
+def turns() -> str:
+    """Each lever in turns with what it is compared with, in one process."""
+    lines = []
+    for row in latest(read(FOLDER / "levers.csv"), "size", "micro_batch", "accumulation", "length", "lever"):
+        run = f"{row['size']}, {row['micro_batch']} x {row['accumulation']}, T={row['length']}"
+        figures = [row["note"], "–", "–", "–"]
+        if row["change"]:
+            times, memory = f"{row['base_ms']} → {row['lever_ms']}", f"{row['base_gb']} → {row['lever_gb']}"
+            figures = [f"{100 * float(row['change']):+.1f} %", times, memory, f"{100 * float(row['spread']):.1f} %"]
+        lines.append((f"`{row['lever']}`", run, f"`{row['base']}`" if row["base"] else "defaults", *figures, row["commit"]))
+    return table("switch | run | against | tokens/s | ms a pair | peak GB | spread of turns | commit", lines)
+
+
+def start() -> str:
+    """From the start of the process to the end of the first pair, where it was taken."""
+    rows = [row for row in latest(read(FOLDER / "train.csv"), *SETTING) if row["to_first_step_s"]]
+    lines = (
+        (
+            f"{row['implementation']} {row['size']}, T={row['length']}, {row['micro_batch']} x {row['accumulation']}, {row['gpus']} GPU(s)",
+            row["settings"] or "defaults", row["data"], row["to_first_step_s"], row["start_s"], row["first_pair_s"], row["commit"],
+        )
+        for row in rows
+    )  # fmt: skip
+    return table(
+        "run | settings | data | process to first pair done, s | of it building, s | of it the first pair, s | commit", lines
+    )
+
+
 def profile() -> str:
     """GPU time by class of kernel of the last profile of each setting, in percent."""
     runs: dict[tuple[str, ...], list[Row]] = {}
@@ -127,7 +155,15 @@ def machines() -> str:
 
 def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    for name, make in (("speed", speed), ("levers", levers), ("profile", profile), ("losses", losses), ("machines", machines)):
+    for name, make in (
+        ("speed", speed),
+        ("levers", levers),
+        ("turns", turns),
+        ("start", start),
+        ("profile", profile),
+        ("losses", losses),
+        ("machines", machines),
+    ):
         text = between(text, f"<!-- {name} -->", "<!-- end -->", make())
     PAGE.write_text(text, encoding="utf-8")
 

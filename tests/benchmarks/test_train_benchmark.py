@@ -8,10 +8,10 @@ import pytest
 import tiny_run
 import torch
 
-from benchmarks import losses, train_report
+from benchmarks import levers, losses, train_report
 from benchmarks.phases import Stopwatch
 from benchmarks.plain import PlainTrainer
-from benchmarks.profile import Kernel, summary
+from benchmarks.profile import Kernel, kernel_class, summary
 from benchmarks.train import main
 from megarat.engine import Engine
 
@@ -88,3 +88,58 @@ def test_the_page_shows_the_last_figures(monkeypatch, tmp_path):
     monkeypatch.setattr(train_report, "PAGE", page)
     train_report.main()
     assert page.read_text(encoding="utf-8") == written
+
+
+@pytest.mark.parametrize(
+    "name, label",
+    [
+        ("_dilated_attention_keys_kernel", "attention"), ("triton_tem_fused_flex_attention_backward_3", "attention"),
+        ("triton_poi_fused__scaled_dot_product_cudnn_attention_mul_sigmoid_4", "elementwise"), ("_gated_scan_backward_kernel", "scan"),
+        ("triton_spl_fused_associative_scan_sigmoid_2", "scan"), ("_rms_norm_backward_kernel", "elementwise"),
+        ("_fp8_quantise_kernel", "elementwise"), ("_accumulate_kernel", "elementwise"),
+        ("nvjet_sm90_qrtst_128x160_128x5_2x1_v_bz_coopA_algo2_TNT", "matrix products"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy_vectorized<bf16>", "copies"), ("Memset (Device)", "copies"),
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
+    ],
+)  # fmt: skip
+def test_each_kernel_has_its_class_by_its_name(name, label):
+    assert kernel_class(name) == label
+
+
+def test_levers_take_turns_with_what_they_are_compared_with(mesh, tmp_path):
+    results = tmp_path / "levers.csv"
+    names = [
+        "parallel.recompute=full",
+        "train.weight_gradients=product",
+        "MEGARAT_OPS=reference:parts",
+        "train.micro_batch=2 train.cuda_graphs=true",
+    ]
+    only = [word for name in names for word in ("--only", name)]
+    shape = "--rounds 1 --size tiny --device cpu --length 32 --micro-batch 4 --accumulation 1 --set train.precision=bf16 --set model.layers=1"
+    rows = levers.main([*only, *shape.split(), "--results", str(results)])
+    assert [row["lever"] for row in csv.DictReader(results.open())] == names
+    assert all(row["base_ms"] > 0 and row["lever_ms"] > 0 for row in rows[:3]) and rows[3]["note"] == "needs a GPU"
+
+
+def test_a_lever_leaves_the_engine_as_it_was(mesh):
+    config = tiny_run.config(train={"precision": "bf16", "global_batch": 8, "micro_batch": 4})
+    engine = Engine(tiny_run.model(config), config, mesh)
+    bench = levers.Bench(engine, config)
+    batches = tiny_run.micro_batches(2, rows=4)
+
+    def marks():
+        blocks = engine.model.blocks
+        return (
+            [linear.product for block in blocks for linear in block.linears], [block.compiled for block in blocks], engine.model.recompute,
+            [(block.mixer.recompute, block.ffn.recompute) for block in blocks], engine.model.config.residual_dtype,
+            engine.model.embedding.loss_chunk, engine.micro_batches, engine._engine.gradient_accumulation_steps(), engine._adamw, bench.config,
+        )  # fmt: skip
+
+    before = marks()
+    for name, lever in levers.LEVERS.items():
+        if not lever.on_gpu:
+            with lever.hold(bench):
+                assert name.startswith(("train.recipe", "train.sparse", "MEGARAT_OPS")) or marks() != before, name
+            assert marks() == before, name
+    assert engine.update(batches, config.patterns, LR).made
