@@ -40,6 +40,7 @@ from megarat.infer.sampling import Sampling
 
 _PROMPTS = "dataset2prompt.json"
 _SUMMARY_PENALTY = 1.2
+_LEAST = 3  # tokens of a prompt: a first, a last, and one fewer than there is room for
 _FIELD = re.compile(r"\{(context|input)\}")
 
 
@@ -135,7 +136,10 @@ class LongBenchRun:
         self._samples: dict[str, list[dict[str, Any]]] = {}
 
     def items(self, task: str, reading: Reading) -> list[Item]:
-        """A task under a reading, in pieces."""
+        """A task under a reading, in pieces. Raises ``UserError`` where its answers leave no room for a prompt."""
+        tokens = LONGBENCH_TASKS[task].tokens
+        if self._length - tokens < _LEAST:
+            raise UserError(f"--tasks longbench: {task} answers in {tokens} tokens; sequences of {self._length} leave no prompt")
         count = len(self._read(task))
         content = file_sha256(self._folder / f"{task}.jsonl")
         prefix = short_hash(f"{content}/{self._own_prompts.get(task)}/{self._length}/{reading}")
@@ -167,10 +171,6 @@ class LongBenchRun:
         texts = [_FIELD.sub(lambda field, sample=sample: sample[field[1]], prompt) for sample in samples]  # type: ignore[misc]
         encoded = tokenizer.encode(texts)
         budget = self._length - spec.tokens
-        if budget < 3:
-            raise UserError(
-                f"--tasks longbench: {task} answers in {spec.tokens} tokens; sequences of {self._length} leave no prompt"
-            )
         sampling = Sampling(repetition_penalty=spec.penalty)
         requests = [Request(without_middle(ids, budget), spec.tokens, sampling, (tokenizer.eos_id,)) for ids in encoded]
         answers = [shortened(answer, spec.ends) for answer in self._answerer.answers(reading, requests)]

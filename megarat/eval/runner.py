@@ -139,6 +139,8 @@ def _needle(
     answerer = _answerer(model, length, settings)
     essay = read_essay(settings.needle_text) if settings.needle_text else None
     maker = NeedleMaker(answerer.tokenizer, length - ANSWER_TOKENS, seed=settings.seed, essay=essay)
+    for task in tasks:
+        maker.sample(task, "validation", 0)  # sequences too short for a task are refused before hours go into the others
     run = NeedleRun(answerer, maker, samples=settings.samples, piece=max(PIECE, settings.micro_batch))
     return _by_task(run, tasks, readings, "needle", settings, work)
 

@@ -246,6 +246,10 @@ def test_the_command_writes_one_row_a_pattern_and_task(golden_pth, tmp_path, cap
     arguments = (
         "--tasks needle:single_1,multivalue --samples 2 --sequence-length 700 --pattern dense --pattern D=16 --device cpu".split()
     )
+    with monkeypatch.context() as patch:  # single_1 would fit, but nothing is computed for a table that cannot be finished
+        patch.setattr(Answerer, "answers", None)
+        assert cli.main(["eval", str(tmp_path / "tiny"), *arguments, "--sequence-length", "560"]) == 2
+        assert "needle task multivalue: the bare question has" in capsys.readouterr().err
     assert cli.main(["eval", str(tmp_path / "tiny"), *arguments, "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["tasks"]["needle"]
     assert [(row["task"], row["pattern"]) for row in rows] == [
