@@ -112,14 +112,16 @@ def environment() -> dict[str, Any]:
 
 
 def _check_nothing_lost(run_dir: Path) -> None:
-    """A run that once wrote a checkpoint must not silently start again."""
+    """A run that once wrote a checkpoint must not silently start again. One that died while its first was being written may."""
     if (run_dir / CONFIG).exists():
-        every = configuration.load(run_dir / CONFIG).checkpoint.every
+        settings = configuration.load(run_dir / CONFIG).checkpoint
+        # One that is written in the background is complete when the next begins.
+        complete = settings.every * (2 if settings.asynchronous else 1)
         recorded = last_recorded_pair(run_dir / METRICS)
-        if recorded > every:
+        if recorded > complete:
             raise UserError(
                 f"{run_dir / METRICS} records {recorded} pairs, but {run_dir / CHECKPOINTS} holds no checkpoint (one was due after "
-                f"{every}); restore it, or delete {run_dir} to start again"
+                f"{settings.every}); restore it, or delete {run_dir} to start again"
             )
 
 

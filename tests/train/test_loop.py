@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -269,6 +270,22 @@ def test_lost_checkpoints_folder_is_no_fresh_start(mesh, shards, tmp_path):
     (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"records 6 pairs, but .*checkpoints holds no checkpoint"):
         pretrain(settings)
+
+
+@pytest.mark.parametrize(("asynchronous", "still_being_written"), [(True, 4), (False, 2)])
+def test_a_run_killed_in_its_first_save_begins_again(mesh, shards, tmp_path, asynchronous, still_being_written):
+    """In the background a save ends before the next begins; else before the next pair."""
+    settings = config(tmp_path, shards, checkpoint={"every": 2, "asynchronous": asynchronous})
+    pretrain(settings)
+    recorded, uninterrupted = tmp_path / "metrics.jsonl", metrics(tmp_path)
+    lines = recorded.read_text().splitlines(keepends=True)
+    shutil.rmtree(tmp_path / "checkpoints")
+    recorded.write_text("".join(lines[: still_being_written + 1]))
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        pretrain(settings)
+    recorded.write_text("".join(lines[:still_being_written]))
+    pretrain(settings)
+    assert metrics(tmp_path) == uninterrupted
 
 
 def test_a_damaged_checkpoint_is_no_fresh_start(begun, shards):
