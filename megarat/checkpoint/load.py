@@ -102,10 +102,23 @@ def tokenizer_folder(checkpoint: Path) -> Path | None:
 
 
 def load_state(path: str | Path) -> CheckpointState:
-    """Where the run stood and how it was configured, proved against the manifest."""
+    """Where the run stood and how it was configured, proved against the manifest.
+
+    Raises ``UserError`` for a folder that bears the name of another pair: the newest checkpoint is found by name.
+    """
     folder = resolve(path)
     _prove(folder, STATE)
-    return CheckpointState.read(folder)
+    state = CheckpointState.read(folder)
+    if renamed := _other_name(folder, state):
+        raise UserError(f"{folder}: {renamed}")
+    return state
+
+
+def _other_name(folder: Path, state: CheckpointState) -> str:
+    """What is wrong with the folder's name; empty when nothing is."""
+    if pair_of(folder) in (None, state.pair):
+        return ""
+    return f"holds pair {state.pair}: the folder was renamed or copied; name it {folder_name(state.pair)}, or remove it"
 
 
 def load_weights(path: str | Path, prefer_masters: bool = True) -> dict[str, Tensor]:
@@ -242,6 +255,8 @@ def verify(path: str | Path) -> str:
     damage = find_damage(folder, manifest, sorted(manifest))
     present = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     damage += [f"{name} is not in the manifest" for name in sorted(present - set(manifest) - {MANIFEST})]
+    if not damage and (renamed := _other_name(folder, CheckpointState.read(folder))):
+        damage.append(renamed)
     if damage:
         raise UserError(f"{folder}: damaged checkpoint\n  " + "\n  ".join(damage))
     size = sum(entry.bytes for entry in manifest.values())

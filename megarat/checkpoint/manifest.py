@@ -201,12 +201,22 @@ def find_damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[
         else:
             to_hash.append(name)
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        for name, digest in zip(to_hash, pool.map(lambda name: _sha256(folder / name), to_hash), strict=True):
-            if digest != manifest[name].sha256:
+        for name, digest in zip(to_hash, pool.map(lambda name: _sha256_or_error(folder / name), to_hash), strict=True):
+            if isinstance(digest, OSError):
+                damage.append(f"{name} cannot be read: {digest.strerror or digest}")
+            elif digest != manifest[name].sha256:
                 damage.append(
                     f"{name} has SHA-256 {digest[:16]}…, expected {manifest[name].sha256[:16]}…: its content has changed"
                 )
     return damage
+
+
+def _sha256_or_error(path: Path) -> str | OSError:
+    """An error is a finding: of a sector that is gone the system says no more."""
+    try:
+        return _sha256(path)
+    except OSError as error:
+        return error
 
 
 def _sha256(path: Path) -> str:

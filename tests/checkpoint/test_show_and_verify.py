@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import tiny_run
 import torch
 
 from megarat import cli
+from megarat.checkpoint import load
 from megarat.checkpoint.manifest import CheckpointState
 from megarat.checkpoint.save import Snapshot, save
+from megarat.errors import UserError
 from megarat.model import names
 
 
@@ -74,6 +78,31 @@ def test_verify_names_the_damaged_file_and_the_damage(checkpoint, capsys, name, 
     code, text = told(capsys, "checkpoint", "verify", checkpoint)
     [line] = [line for line in text.splitlines() if name in line]
     assert code == 2 and words in line
+
+
+def test_a_folder_under_the_name_of_another_pair_is_told_and_not_resumed_from(checkpoint, capsys):
+    """The newest checkpoint is found by its name."""
+    renamed = checkpoint.rename(checkpoint.with_name("pair_00000009"))
+    code, text = told(capsys, "checkpoint", "verify", renamed)
+    assert code == 2 and "holds pair 4" in text and "name it pair_00000004" in text
+    with pytest.raises(UserError, match=r"pair_00000009: holds pair 4"):
+        load.load_state(renamed)
+
+
+def test_a_file_that_cannot_be_read_is_named_with_the_systems_words(checkpoint, capsys, monkeypatch):
+    """As of a sector that is gone; the other files are looked at all the same."""
+    opened = Path.open
+
+    def fail_on_one(path, *mode, **named):
+        if path == checkpoint / "weights" / "__0_0.distcp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(path, *mode, **named)
+
+    monkeypatch.setattr(Path, "open", fail_on_one)
+    shorten_state = checkpoint / "state.json"
+    shorten_state.write_bytes(shorten_state.read_bytes()[:-1])
+    code, text = told(capsys, "checkpoint", "verify", checkpoint)
+    assert code == 2 and "weights/__0_0.distcp cannot be read: Input/output error" in text and "state.json has" in text
 
 
 def test_verify_names_both_of_a_pair_of_files_that_took_each_others_place(checkpoint, capsys):
