@@ -17,13 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megarat import config as configuration
+import yaml
+
 from megarat.errors import UserError
 
 _RECENT = 20  # pairs whose median speed and loss count as the present
 _TAIL_BYTES = 1 << 18
 _SILENT = 20  # times a pair's usual length, after which a running job that records nothing is called silent
 _SPIKE = 1.5  # of the recent median loss
+_SQUEUE_S = 60.0  # that a busy controller may take to answer
 
 
 @dataclass
@@ -96,8 +98,7 @@ def read(run_dir: str | Path) -> RunStatus:
     status = RunStatus(
         folder, metrics=_tail(folder / "metrics.jsonl", "pair"), history=_tail(folder / "slurm/history.jsonl", "event")
     )
-    if (folder / "config.yaml").exists():
-        status.pairs = configuration.load(folder / "config.yaml").train.pairs
+    status.pairs = _pairs(folder / "config.yaml")
     if status.metrics:
         status.seconds_since = time.time() - (folder / "metrics.jsonl").stat().st_mtime
     names = [entry.name for entry in (folder / "checkpoints").glob("pair_*") if entry.name[5:].isdigit()]
@@ -176,6 +177,14 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def _pairs(path: Path) -> int | None:
+    """How many pairs a run's resolved config asks for, whatever other keys it has: the job runs its own copy of the code, perhaps an older one."""
+    try:
+        return int(yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["pairs"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return None
+
+
 def _tail(path: Path, key: str) -> list[dict[str, Any]]:
     """The last whole lines of a file of JSON objects that have ``key``."""
     try:
@@ -202,7 +211,7 @@ def _queue(jobs: list[str]) -> dict[str, str]:
         return {}
     command = ["squeue", "-h", "-o", "%i %T on %N, %L of its limit left, %r", "-j", ",".join(jobs)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SQUEUE_S)
     except subprocess.TimeoutExpired:
         return {jobs[-1]: "(squeue does not answer)"}
     pairs = (line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)

@@ -47,6 +47,12 @@ def test_numbers_of_a_run(run):
     assert status.checkpoint == "pair_00000004" and status.health == []
 
 
+def test_a_config_of_other_code_is_no_hindrance(run):
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("train:\n", "train:\n  a_key_of_tomorrow: 3\n"))
+    assert "a_key_of_tomorrow" in config.read_text() and read(run).pairs == 10
+
+
 def test_printed(run, capsys):
     assert main(["status", str(run)]) == 0
     printed = capsys.readouterr().out

