@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megarat.ops.autograd import once_differentiable
 from megarat.ops.dispatch import choose_backend
 
 CUDA_CHUNK_BYTES = 768 << 20  # of logits: long enough products for the matrix units, small beside a training step's memory

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megarat.ops.autograd import once_differentiable
 from megarat.ops.dispatch import choose_backend, refuse_gradients
 from megarat.ops.rotary import apply_rotary, check_tables
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megarat.ops.autograd import once_differentiable
 from megarat.ops.dispatch import choose_backend, refuse_gradients
 
 

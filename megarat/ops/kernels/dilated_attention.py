@@ -24,8 +24,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megarat.ops.autograd import once_differentiable
 from megarat.ops.parts import GradientPlace
 
 LOG2E = 1.4426950408889634

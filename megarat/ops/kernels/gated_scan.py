@@ -29,8 +29,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megarat.ops.autograd import once_differentiable
 from megarat.ops.parts import GradientPlace
 
 EMPTY = tl.constexpr(-1)  # int32 bits of a chain entry nobody has written: a NaN that no arithmetic instruction returns

@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from megarat.ops.autograd import once_differentiable
 
 # programs (two for each of an H200's 132 multiprocessors), channels a warp, rows in flight; chosen by timing on an H200
 BACKWARD = (264, 512, 1)
