@@ -158,6 +158,13 @@ class Cluster:
         wait_until(lambda: file.exists() and file.read_text().strip(), PATIENCE, f"slurmd of {name} to start")
         self._namespaces[name] = _host_namespace(Path("/proc") / file.read_text().strip())
 
+    @contextlib.contextmanager
+    def without_controller(self) -> Iterator[None]:
+        """A block in which nobody answers to Slurm's commands."""
+        _end([int((self.base / "run/slurmctld.pid").read_text())])
+        yield
+        self._daemon("slurmctld")
+
     def lose_node(self, node: str) -> None:
         """Kill everything on a virtual node at once, as a power failure does: all that shares its slurmd's host name."""
         for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, so that none sees another one die

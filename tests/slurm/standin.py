@@ -111,6 +111,7 @@ SCENARIOS: dict[str, tuple[list[str], dict[str, str]]] = {
     "checkpoint gone": (["4 listen", "9 0"], {}),
     "hangs": (["4 hang", "8 0"], {"MEGARAT_HANG": "60"}),
     "step daemon killed": (["4 listen", "8 0"], {"options": "--nodes=2", "MEGARAT_HANG": "40"}),
+    "controller away": (["4 listen", "8 0"], {}),
     "script's daemon killed": (["4 listen", "8 0"], {}),
     "apptainer": (["9 0"], {**CHECKED, "MEGARAT_CONTAINER": "apptainer exec --nv --bind '/data of ours:/data' image.sif"}),
     "enroot": (["9 0"], {**CHECKED, "MEGARAT_SRUN_OPTIONS": "--container-image=image.sqsh '--container-mounts=/data of ours:/data'"}),

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,14 @@ def test_slurms_own_signal_before_the_time_limit(cluster, jobs):
     kinds = [kind for kind, _ in limited.endings]
     assert kinds[0] == "stopped" and set(kinds[:-1]) == {"stopped"} and limited.endings[-1] == ("done", 8)
     assert "SIGUSR1" in limited.log
+
+
+def test_a_job_that_ends_while_the_controller_is_away_is_requeued_when_it_is_back(cluster, jobs):
+    away = jobs["controller away"]
+    away.waits()
+    with cluster.without_controller():
+        os.kill(int((away.run / "listening-0").read_text()), signal.SIGKILL)
+        wait_until(lambda: away.endings, PATIENCE, "the supervisor to record the ending")
+        time.sleep(5)  # in which it asks the controller for the first time
+    cluster.wait_for_state(away.job, "COMPLETED", "FAILED")
+    assert away.endings == [("died", 4), ("done", 8)]
