@@ -9,6 +9,11 @@ import pytest
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_collection_modifyitems(items):
+    """Jobs on Slurm come first: they wait for much, and the other tests have a processor to run on meanwhile."""
+    items.sort(key=lambda item: "slurm" not in item.path.parts)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Tests are small: one thread each is fastest, and sums come out in the same order everywhere."""
