@@ -247,6 +247,8 @@ def measure(case: Case, seed: int = 0, device: str = "cpu", sabotage: Sabotage |
     """The same training by this world's engine under ``case``; ``sabotage`` plants a bug in it."""
     config = settings(case, seed, device)
     torch.backends.cuda.matmul.allow_tf32 = False  # some containers switch it on: products to three digits
+    if case.compile:
+        torch._dynamo.reset()  # of one function it takes eight shapes, which all cases together exceed
     mesh = meshes.start(device, config)
     model = local_model(config, mesh).initialise(seed)
     engine = Engine(model, config, mesh)

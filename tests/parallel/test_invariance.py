@@ -131,6 +131,77 @@ def weigh_segments_alike(engine: Engine) -> None:
     engine.model.embedding.cross_entropy = loss_of_own_mean
 
 
+def take_the_halo_one_token_too_early(engine: Engine) -> None:
+    halo_before = far_keys._halo_before
+    far_keys._halo_before = lambda own, pattern, group: halo_before(own, pattern, group).roll(1, 2)
+
+
+def skip_the_label_at_the_end_of_a_segment(engine: Engine) -> None:
+    """The label behind a segment's last token is that of the token before."""
+
+    class Shifted(ContextParallel):
+        def own(self, x_BT):
+            part = super().own(x_BT)
+            is_labels = (x_BT < 0).any()
+            return torch.cat((part[:, :-1], part[:, -2:-1]), 1) if is_labels and self.rank == 0 else part
+
+    engine.model.context = Shifted(engine.model.context.group)
+
+
+def clip_each_stage_by_its_own_norm(engine: Engine) -> None:
+    """The norm that is reported stays right."""
+    optimizer = engine._optimizer
+    clip = optimizer.unscale_and_clip_grads
+
+    def clip_alone(gradients, total_norm):
+        return clip(gradients, torch.stack([gradient.norm() for gradient in gradients]).norm())
+
+    optimizer.unscale_and_clip_grads = clip_alone
+
+
+def leave_the_last_element_of_each_slice_alone(engine: Engine) -> None:
+    """A slice of ZeRO is taken for one element shorter than it is."""
+    step = engine._step
+
+    def step_on_all_but_one():
+        kept = [master[-1].clone() for master in engine._flat_masters()]
+        step()
+        with torch.no_grad():
+            for master, last in zip(engine._flat_masters(), kept, strict=True):
+                master[-1] = last
+        engine._refresh_weights()
+
+    engine._step = step_on_all_but_one
+
+
+def pair_labels_with_other_micro_batches(engine: Engine) -> None:
+    stage = engine._engine.module.stage
+    begin = stage.begin
+    stage.begin = lambda patterns, labels: begin(patterns, [*labels[1:], labels[0]])
+
+
+def evaluate_dense(engine: Engine) -> None:
+    """Whatever pattern is asked for."""
+    forward = engine._forward
+    engine._forward = lambda batch, patterns: forward(batch, patterns if torch.is_grad_enabled() else engine.model.dense)
+
+
+def recompute_from_rounded_inputs(engine: Engine) -> None:
+    """What a layer keeps for its second run is kept in bf16. (Another pattern in that run is refused by torch: what it saves has other shapes.)"""
+    for block in engine.model.blocks:
+        block.forward = ForwardThenRounded(block.forward)
+
+
+class ForwardThenRounded:
+    def __init__(self, forward):
+        self.forward, self.calls = forward, 0
+
+    def __call__(self, x_BTC, *rest):
+        self.calls += torch.is_grad_enabled()
+        is_second = torch.is_grad_enabled() and self.calls % 2 == 0
+        return self.forward(x_BTC.bfloat16().float() if is_second else x_BTC, *rest)
+
+
 @pytest.mark.parametrize(
     ("case", "sabotage", "caught_by"),
     [
@@ -150,6 +221,14 @@ def weigh_segments_alike(engine: Engine) -> None:
         (Case(TENSOR, False, 3, 4), count_norms_on_every_tensor_rank, ("norms", "weights")),
         (Case(TENSOR, True, 1, 4), forget_to_sum_norm_weights_over_the_sequence, ("gradients", "norms", "weights")),
         (Case(TENSOR, False, 2, 4), shift_the_labels_of_one_rank, ("gradients", "losses", "weights")),
+        (Case(CONTEXT, False, 1, 4), take_the_halo_one_token_too_early, ("gradients", "losses", "weights")),
+        (Case(CONTEXT, False, 1, 4), skip_the_label_at_the_end_of_a_segment, ("gradients", "losses", "weights")),
+        (Case(PIPELINE, False, 1, 4), clip_each_stage_by_its_own_norm, ("weights",)),
+        (Case(PIPELINE, False, 1, 4), pair_labels_with_other_micro_batches, ("gradients", "losses", "weights")),
+        (Case(DATA, False, 2, 2), leave_the_last_element_of_each_slice_alone, ("weights",)),
+        (Case(DATA, False, 3, 2), leave_the_last_element_of_each_slice_alone, ("weights",)),
+        (Case(DATA, False, 3, 2), recompute_from_rounded_inputs, ("gradients", "weights")),
+        (Case(DATA, False, 1, 2), evaluate_dense, ("losses",)),
     ],
 )
 def test_the_gate_catches_a_planted_bug(case, sabotage, caught_by):
