@@ -145,11 +145,12 @@ def prefill(bench: Bench, pattern: str, length: int) -> Row:
 
 
 def memory(bench: Bench, pattern: str, rows: int, length: int) -> Row:
-    """MiB a sequence that the allocator was asked for by a cache, its tables of positions aside; the formula stands as the floor."""
+    """MiB a sequence that the allocator was asked for by a cache, its tables and counts of positions aside; the formula stands as the floor."""
     reading = read_as(pattern, bench.shape)
     before = _requested()
     cache = SparseCache(bench.shape, reading, rows, length, torch.bfloat16, bench.device)
-    taken = _requested() - before - sum(table.nbytes for table in cache.rotary) - cache.lengths_B.nbytes
+    beside = sum(tensor.nbytes for tensor in (*cache.rotary, cache.lengths_B, cache.dropped_B))
+    taken = _requested() - before - beside
     return {
         "kind": "memory", "pattern": pattern, "sequences": rows, "prompt": length, "new": 0, "value": taken / rows / 2**20,
         "unit": "MiB a sequence", "floor": cache_bytes(bench.shape, reading, length) / 2**20, "note": "",

@@ -86,5 +86,5 @@ def test_the_memory_taken_is_the_formula(spec):
     cache = SparseCache(shape, reading, 7, 4096, torch.bfloat16, "cuda")
     taken = torch.cuda.memory_stats()["requested_bytes.all.current"] - before
     heads = [group.heads_G for layer in cache.layers for group in layer if group.heads_G is not None]
-    beside = sum(tensor.nbytes for tensor in (*cache.rotary, cache.lengths_B, *heads))
+    beside = sum(tensor.nbytes for tensor in (*cache.rotary, cache.lengths_B, cache.dropped_B, *heads))
     assert taken - beside == cache.bytes == 7 * cache_bytes(shape, reading, 4096)
