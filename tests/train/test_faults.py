@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import torch
 
 from megarat.checkpoint import load as checkpoints
 from megarat.config import Config
-from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, ToldByFirstRank, UserError
+from megarat.errors import EXIT_BAD_INPUT, EXIT_STOPPED, ToldByFirstRank, UserError
 from megarat.parallel import worlds
 from megarat.train import loop
 from megarat.train.loop import pretrain
@@ -64,17 +65,27 @@ def test_a_clock_that_jumps_changes_nothing(mesh, shards, tmp_path, monkeypatch)
 
 
 def test_of_two_jobs_on_one_folder_one_trains_and_the_other_is_refused(shards, tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text(config(tmp_path / "run", shards, 40).to_yaml())
+    file, metrics = tmp_path / "run.yaml", tmp_path / "run" / "metrics.jsonl"
+    file.write_text(config(tmp_path / "run", shards, 100_000, checkpoint={"every": 100_000}).to_yaml())
     command = [sys.executable, "-c", "import sys; from megarat.cli import main; sys.exit(main())", "pretrain", str(file)]
     alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     jobs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=alone | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]
-    told = [job.communicate(timeout=300)[1] for job in jobs]
-    codes = [job.returncode for job in jobs]
-    assert sorted(codes) == [EXIT_OK, EXIT_BAD_INPUT], told
-    assert "is in use by process" in told[codes.index(EXIT_BAD_INPUT)]
-    assert checkpoints.load_state(tmp_path / "run").pair == 40
+    wait_for(lambda: any(job.poll() is not None for job in jobs))
+    refused, trains = sorted(jobs, key=lambda job: job.poll() is None)
+    wait_for(lambda: trains.poll() is not None or (metrics.exists() and metrics.read_text().endswith("}\n")))
+    trains.send_signal(signal.SIGTERM)
+    told = [job.communicate(timeout=300)[1] for job in (refused, trains)]
+    assert [refused.returncode, trains.returncode] == [EXIT_BAD_INPUT, EXIT_STOPPED], told
+    assert "is in use by process" in told[0]
+    assert checkpoints.load_state(tmp_path / "run").pair == len(metrics.read_text().splitlines())
     checkpoints.verify(tmp_path / "run")
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 600
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def flip(path: Path) -> None:
