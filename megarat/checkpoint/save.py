@@ -139,6 +139,8 @@ def remove_leftovers(checkpoints: Path) -> None:
     for prefix in (STAGING_PREFIX, DISCARDED_PREFIX):
         for folder in checkpoints.glob(f"{prefix}*"):
             shutil.rmtree(folder, ignore_errors=True)
+    for file in checkpoints.glob(f".{LATEST}.*"):  # what was to replace ``latest``
+        file.unlink(missing_ok=True)
 
 
 def _write(folder: Path, target: Path, snapshot: Snapshot, group: ProcessGroup | None) -> Manifest:
