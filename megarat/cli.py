@@ -247,6 +247,11 @@ def _add_demo(verbs: Any) -> None:
     )
     parser.add_argument("--tokenizer", help="your own Hugging Face or SentencePiece tokenizer instead of Mistral v1")
     parser.add_argument("--pairs", type=_positive, help="pretraining pairs (default: what fits the time on this machine)")
+    parser.add_argument(
+        "--released",
+        metavar="FOLDER",
+        help="also show this model, a folder that checkpoint export wrote (default: examples/claim/release, if it is there)",
+    )
     parser.set_defaults(run=_demo)
 
 
@@ -414,7 +419,7 @@ def _doctor(_: argparse.Namespace) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from megarat.demo.life import demo
 
-    demo(arguments.out, texts=arguments.text, tokenizer=arguments.tokenizer, pairs=arguments.pairs)
+    demo(arguments.out, arguments.text, arguments.tokenizer, arguments.pairs, arguments.released)
 
 
 def _reading(text: str) -> Any:

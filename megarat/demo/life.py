@@ -1,9 +1,9 @@
 """``megarat demo``: the whole life of a RAT+ model on real text, on whatever this machine has.
 
 text -> shards -> pretraining with the sparse + dense pair, stopped half way by a signal and resumed by the same command -> evaluation ->
-adaptation to D=16,W=32,I=4 -> evaluation -> text from the sparse cache -> a report. Training runs through the same command
-line a user types, in processes of its own; every stage that is already complete in the folder is kept, so the demo itself can be
-interrupted and started again.
+adaptation to D=16,W=32,I=4 -> evaluation -> text from the sparse cache -> the same of a released model, where there is one -> a report.
+Training runs through the same command line a user types, in processes of its own; every stage that is already complete in the folder
+is kept, so the demo itself can be interrupted and started again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,11 +26,13 @@ from typing import Any
 import torch
 import yaml
 
+import megarat.checkpoint.load as checkpoints
+from megarat.checkpoint.convert import import_exported
 from megarat.config import ModelConfig
 from megarat.data.reader import TokenReader
 from megarat.data.tokenizer import load_tokenizer
 from megarat.demo import corpus
-from megarat.demo.report import Story, write_report
+from megarat.demo.report import Released, Story, write_report
 from megarat.engine import resolve_precision
 from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED, UserError
 from megarat.eval.runner import EvalSettings, evaluate, table, write_results
@@ -42,6 +45,9 @@ from megarat.model.pattern import resolve
 
 ADAPTED = "D=16,W=32,I=4"
 HELD_OUT = 0.05  # of the documents: enough tokens to score in seconds, even of a small text
+RELEASE = Path(__file__).resolve().parents[2] / "examples" / "claim" / "release"  # an exported model, where somebody has put one
+RELEASE_HELD_OUT = 0.01  # the documents that it was not trained on: those that `examples.claim` holds out of the same text
+_RELEASE_LENGTH = 512  # tokens of a sequence it is scored on
 PATTERNS = ("dense", "D=4", "D=16", "D=64", ADAPTED)
 PROMPTS = ("The city is located in", "He was born in 1950 and", "The most important thing about a company is")
 
@@ -90,15 +96,21 @@ GPU_SCALE = Scale(
 )
 
 
-def demo(out: str, texts: Sequence[str] = (), tokenizer: str | None = None, pairs: int | None = None) -> None:
-    """Run every stage into the folder ``out`` and print where the report is. Raises ``UserError`` on bad input."""
+def demo(
+    out: str, texts: Sequence[str] = (), tokenizer: str | None = None, pairs: int | None = None, released: str | None = None
+) -> None:
+    """Run every stage into the folder ``out`` and print where the report is. Raises ``UserError`` on bad input.
+
+    ``released``: a folder that ``megarat checkpoint export`` wrote, whose model is shown at the end; None: ``RELEASE``, if it is there.
+    """
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: cannot create {folder}: {error}") from None
     scale = GPU_SCALE if torch.cuda.is_available() else CPU_SCALE
-    stages = _Stages(total=8)
+    release = Path(released) if released else RELEASE if RELEASE.is_dir() else None
+    stages = _Stages(total=9 if release else 8)
     stages.begin("real text and a real tokenizer")
     documents, tokenizer_path, sources = _fetch(folder, texts, tokenizer, scale)
     stages.begin("shards")
@@ -114,8 +126,12 @@ def demo(out: str, texts: Sequence[str] = (), tokenizer: str | None = None, pair
     stages.begin("evaluation after adaptation")
     after = _evaluate(folder / "adapt", folder / "eval-after", scale)
     stages.begin("text from the sparse cache, and the report")
-    samples = _generate(folder / "adapt")
-    story = Story(folder, configs.pairs, configs.parameters, sources, stop, before, after, samples, stages.seconds())
+    samples = _generate(folder / "adapt", ADAPTED)
+    shown = None
+    if release:
+        stages.begin("the released model, on documents that it has not seen")
+        shown = _show_release(folder, release, documents, scale)
+    story = Story(folder, configs.pairs, configs.parameters, sources, stop, before, after, samples, stages.seconds(), shown)
     print(f"\nThe report: {write_report(story)}")
 
 
@@ -279,9 +295,35 @@ def _evaluate(run: Path, out: Path, scale: Scale) -> dict[str, Any]:
     return results
 
 
-def _generate(run: Path) -> list[tuple[str, str]]:
-    """A few greedy continuations under the adapted pattern, printed as they grow."""
-    model = load(run, ADAPTED)
+def _show_release(folder: Path, release: Path, documents: list[Path], scale: Scale) -> Released:
+    """A trained model as it comes out of ``megarat checkpoint export``: its loss under every pattern, and text from a cache of 1/16."""
+    checkpoint, shards = folder / "released", folder / "released-shards"
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    print(f"  {import_exported(release, checkpoint)}")
+    tokenizer = checkpoints.tokenizer_folder(checkpoint)
+    if tokenizer is None:
+        raise UserError(f"{release}: holds no tokenizer; export the model again with --tokenizer")
+    options = ["--tokenizer", str(tokenizer), "--output", str(shards), "--held-out", str(RELEASE_HELD_OUT)]
+    _run([sys.executable, "-m", "data_tools.build_shards", *map(str, documents), *options])
+    unseen = TokenReader(shards / "validation").num_tokens if (shards / "validation").is_dir() else 0
+    if unseen < 2:
+        raise UserError(f"--text: none of it is held out for {release}; give more text")
+    settings = EvalSettings(
+        patterns=PATTERNS,
+        shards=str(shards),
+        sequence_length=min(_RELEASE_LENGTH, unseen - 1),
+        limit_tokens=scale.eval_tokens,
+        micro_batch=8,
+    )
+    results = evaluate(checkpoint, settings)
+    write_results(results, folder / "eval-released")
+    print(table(results))
+    return Released(release, results, _generate(checkpoint, "D=16"))
+
+
+def _generate(run: Path, pattern: str) -> list[tuple[str, str]]:
+    """A few continuations from the sparse cache of a pattern, printed as they grow."""
+    model = load(run, pattern)
     tokenizer = find_tokenizer(model, None)
     samples = []
     for prompt in PROMPTS:

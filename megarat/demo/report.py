@@ -17,6 +17,15 @@ _GRID = {"color": "0.9", "linewidth": 0.8}
 
 
 @dataclass(frozen=True)
+class Released:
+    """What a released model showed."""
+
+    source: Path
+    results: dict[str, Any]
+    samples: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
 class Story:
     """What happened in a demo."""
 
@@ -29,6 +38,7 @@ class Story:
     after: dict[str, Any]
     samples: list[tuple[str, str]]
     seconds: float
+    released: Released | None = None
 
 
 def write_report(story: Story) -> Path:
@@ -81,10 +91,37 @@ def _markdown(story: Story, pretrain: list[dict[str, Any]]) -> str:
         "",
         "## Text from the sparse cache",
         "",
-        *(f"> **{prompt}** {' '.join(text.split())}\n" for prompt, text in story.samples),
+        *_quoted(story.samples),
         "A model trained for minutes writes little sense; what the demo shows is that every step of its life works.",
+        *([] if story.released is None else _of_released(story.released)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _of_released(released: Released) -> list[str]:
+    rows, shape = released.results["tasks"]["ppl"], released.results["model"]
+    return [
+        "",
+        "## The released model",
+        "",
+        f"{released.source}: {shape['layers']} layers x {shape['hidden']}, {shape['heads']} heads, not adapted. {rows[0]['tokens']:,} tokens of documents "
+        f"that it has not seen, sequences of {released.results['sequence_length']} tokens.",
+        "",
+        "| pattern | KV cache | loss (nats) | perplexity |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {row['pattern']} | {human_bytes(row['cache_bytes_per_sequence'])} | {row['loss']:.4f} | {row['perplexity']:.2f} |"
+            for row in rows
+        ),
+        "",
+        "What it writes from a cache of D=16:",
+        "",
+        *_quoted(released.samples),
+    ]
+
+
+def _quoted(samples: list[tuple[str, str]]) -> list[str]:
+    return [f"> **{prompt}** {' '.join(text.split())}\n" for prompt, text in samples]
 
 
 def _machine() -> str:

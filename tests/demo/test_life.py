@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 from megarat.checkpoint import load as checkpoints
+from megarat.checkpoint.export import export_checkpoint
+from megarat.data.reader import TokenReader
 from megarat.demo import life
+from megarat.errors import UserError
+from megarat.eval.perplexity import HeldOut
+from megarat.infer.load import load
 
 WORDS = "the of and to in is was for on as with by at from city river he she wrote book music first year".split()
 TINY = dataclasses.replace(
@@ -46,7 +51,7 @@ def tokenizer(text, tmp_path_factory) -> Path:
     plain = text.with_suffix(".txt")
     plain.write_text("\n".join(json.loads(line)["text"] for line in text.read_text().splitlines()), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(plain), model_prefix=str(prefix), vocab_size=80, minloglevel=2, byte_fallback=False, hard_vocab_limit=False
+        input=str(plain), model_prefix=str(prefix), vocab_size=340, minloglevel=2, byte_fallback=True, hard_vocab_limit=False
     )
     return prefix.with_suffix(".model")
 
@@ -56,6 +61,7 @@ def demo_folder(text, tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(life, "CPU_SCALE", TINY)
+        patch.setattr(life, "RELEASE", folder / "none")
         patch.setattr(life.torch.cuda, "is_available", lambda: False)
         patch.setenv("OMP_NUM_THREADS", "1")
         life.demo(str(folder), [str(text)], str(tokenizer), PAIRS)
@@ -110,9 +116,37 @@ def test_the_report_has_its_plots(demo_folder):
         assert (demo_folder / plot).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_finished_demo_goes_through_again_without_training(demo_folder, text, tokenizer, monkeypatch):
-    monkeypatch.setattr(life, "CPU_SCALE", TINY)
-    monkeypatch.setattr(life.torch.cuda, "is_available", lambda: False)
+def test_a_finished_demo_goes_through_again_without_training(again, demo_folder):
+    assert (demo_folder / "pretrain" / "metrics.jsonl").read_bytes() == again
+
+
+@pytest.fixture(scope="module")
+def again(demo_folder, text, tokenizer, tmp_path_factory) -> bytes:
+    """The metrics before the demo went through once more, with a model to show: its own, exported."""
     before = (demo_folder / "pretrain" / "metrics.jsonl").read_bytes()
-    life.demo(str(demo_folder), [str(text)], str(tokenizer))
-    assert (demo_folder / "pretrain" / "metrics.jsonl").read_bytes() == before
+    release = tmp_path_factory.mktemp("release") / "model"
+    export_checkpoint(demo_folder / "adapt", release, dtype="fp32", compare=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(life, "CPU_SCALE", TINY)
+        patch.setattr(life.torch.cuda, "is_available", lambda: False)
+        life.demo(str(demo_folder), [str(text)], str(tokenizer), released=str(release))
+    return before
+
+
+def test_a_released_model_is_shown_on_documents_that_were_held_out_of_its_training(again, demo_folder):
+    results = json.loads((demo_folder / "eval-released" / "results.json").read_text(encoding="utf-8"))
+    rows = {row["pattern"]: row["loss"] for row in results["tasks"]["ppl"]}
+    documents = TokenReader(demo_folder / "released-shards" / "validation").index.total_documents
+    assert 0 < documents < TokenReader(demo_folder / "shards" / "validation").index.total_documents
+    model = load(demo_folder / "adapt", "dense")
+    corpus = HeldOut(TokenReader(demo_folder / "released-shards" / "validation"), results["sequence_length"], TINY.eval_tokens)
+    inputs_BT, labels_BT = corpus.batch(range(corpus.sequences))
+    assert math.isclose(rows["dense"], float(model.lm(inputs_BT, None, labels_BT)), rel_tol=1e-5)
+    report = (demo_folder / "report.md").read_text(encoding="utf-8")
+    assert "## The released model" in report and f"{rows['dense']:.4f}" in report
+    assert report.count(f"> **{life.PROMPTS[0]}**") == 2
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"neither a \.pth file"):
+        life._show_release(tmp_path, tmp_path, [], TINY)

@@ -25,6 +25,7 @@ from examples.claim import arms, corpus, life, repeats, report
 from examples.claim.__main__ import main
 from megarat.data.reader import TokenReader
 from megarat.data.tokenizer import load_tokenizer
+from megarat.demo import life as life_of_demo
 from megarat.errors import StoppedEarly, UserError
 from megarat.eval.needle import NeedleMaker
 from megarat.eval.runner import EvalSettings, evaluate
@@ -163,6 +164,10 @@ def test_the_shards_hold_the_documents(built, tokenizer):
     lines = (built / f"documents-{corpus.LIMIT_BYTES}.jsonl").read_text(encoding="utf-8").splitlines()
     expected = sum(len(ids) + 1 for ids in load_tokenizer(tokenizer).encode([json.loads(line)["text"] for line in lines]))
     assert sum(TokenReader(built / "shards" / side).num_tokens for side in ("train", "validation")) == expected
+
+
+def test_the_demo_shows_a_released_model_on_what_was_held_out():
+    assert life_of_demo.RELEASE_HELD_OUT == corpus.HELD_OUT
 
 
 # --- an arm -------------------------------------------------------------------------------------------------------------------
