@@ -13,11 +13,11 @@ demo: $(VENV)/.installed
 	$(BIN)/megarat demo $(DEMO)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -rs -m "not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(BIN)/python -m pytest -rfEs -m "not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # A part of the above, skipped there with a reason where no Slurm can be started.
 test-slurm: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -rs -n 2 --dist loadfile tests/slurm $(TESTS)
+	$(BIN)/python -m pytest -rfEs -n 2 --dist loadfile tests/slurm $(TESTS)
 
 test-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests/gpu $(TESTS)

@@ -108,7 +108,8 @@ def test_eval_prints_a_table_and_writes_results(capsys, checkpoint, tmp_path):
     assert code == 0
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     for row in written["tasks"]["ppl"]:
-        assert f"| {row['pattern']} | {row['loss']:.4f} |" in out
+        cell = row["pattern"].replace("|", r"\|")
+        assert f"| {cell} | {row['loss']:.4f} |" in out
     assert written["tasks"]["ppl"][1]["pattern"] == "dense | [D=4,W=0,I=0; D=8,W=1,I=0]"
 
 

@@ -181,9 +181,8 @@ def test_the_table_shows_every_row(results):
         cells = [cell.strip() for cell in line.split(" | ")]
         assert f"{row['loss']:.4f}" in cells and f"{row['perplexity']:.2f}" in cells
     for line, row, scored in zip(speeds, results["speed"], results["tasks"]["ppl"], strict=True):
-        assert row["pattern"] == scored["pattern"] and line.startswith(
-            f"| {row['pattern']} | {row['prefill_tokens_per_s']:,.0f} | "
-        )
+        cell = row["pattern"].replace("|", r"\|")  # a sign that else begins another cell
+        assert row["pattern"] == scored["pattern"] and line.startswith(f"| {cell} | {row['prefill_tokens_per_s']:,.0f} | ")
         assert row["sequences"] == 5 and row["prompt_tokens"] == LENGTH - 16 and row["decode_tokens_per_s"] > 0
 
 

@@ -24,7 +24,7 @@ from megarat.train.loop import pretrain
 from megarat.train.stragglers import ForwardTimer, OwnTime, slow_ranks
 from megarat.train.watchdog import Watchdog
 
-SECONDS = 3.0  # that a watchdog waits in these tests, once the pair has come that goes wrong
+SECONDS = 6.0  # that a watchdog waits in these tests, once the pair has come that goes wrong
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +80,9 @@ def test_a_rank_that_stalls_in_the_optimizer_ends_all_with_their_stacks(shards, 
     settings = config(tmp_path / "run", shards)
     with pytest.raises(worlds.WorldFailed) as failed:
         worlds.run(2, stalls, settings, timeout_s=300)
-    assert str(failed.value) == "rank 0: died without a word\nrank 1: died without a word"
+    assert "rank 1: died without a word" in str(failed.value)  # rank 0 by its own watchdog, or for rank 1 is gone
     stacks = [(tmp_path / "run" / "stacks" / f"rank{rank}.txt").read_text() for rank in range(2)]
-    assert "rank 1 on " in stacks[1] and "pair 4 has taken more than 0.05 minutes" in stacks[1]
+    assert "rank 1 on " in stacks[1] and "pair 4 has taken more than 0.1 minutes" in stacks[1]
     assert "stall_in_the_optimizer" in stacks[1] and "stall_in_the_optimizer" not in stacks[0]
     assert "train_pair" in stacks[0]  # where it waited
     assert_goes_on(settings)
