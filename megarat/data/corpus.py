@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megarat.config import Config, DataConfig
-from megarat.data.format import check_tokenizer_file
+from megarat.data.format import Index, check_tokenizer_file
 from megarat.data.plan import BlendPlan, Plan, RandomOffsetPlan, ShuffledPlan
 from megarat.data.reader import BlendReader, Reader, TokenReader, check_vocabulary
-from megarat.data.store import Cache, default_cache_folder, join
+from megarat.data.store import Cache, default_cache_folder, is_remote, join, open_store
+from megarat.data.tokenizer import fetch_tokenizer
 from megarat.errors import UserError
 
 
@@ -29,6 +30,7 @@ class Corpus:
     reader: Reader
     plan: Plan
     parts: tuple[Part, ...]
+    primary: Index  # of the first corpus, whose tokenizer is the run's
 
     def counts(self, samples: int) -> list[int]:
         """How many of the first `samples` samples of the run come from each part."""
@@ -51,10 +53,24 @@ def open_corpus(config: Config) -> Corpus:
     parts = tuple(Part(reader.index.location, _used_tokens(data, reader)) for reader in readers)
     plans = [_plan(data, part.num_tokens, config.train.seed + number) for number, part in enumerate(parts)]
     if len(readers) == 1:
-        return Corpus(readers[0], plans[0], parts)
+        return Corpus(readers[0], plans[0], parts, readers[0].index)
     shares = list(weights.values())
     plan = BlendPlan(plans, [reader.num_tokens for reader in readers], shares)
-    return Corpus(BlendReader(readers, shares), plan, parts)
+    return Corpus(BlendReader(readers, shares), plan, parts, readers[0].index)
+
+
+def tokenizer_folder(config: Config, corpus: Corpus) -> Path | None:
+    """Where the files of the run's tokenizer lie: beside the shards, or, of a remote corpus, in the run's folder, into which they are fetched.
+
+    Raises:
+        UserError: what lies beside a remote corpus is not the tokenizer that its shards were made with.
+    """
+    data = config.data
+    if is_remote(data.primary):
+        store = open_store(join(data.primary, "tokenizer"), _cache(data))
+        return fetch_tokenizer(store, corpus.primary.tokenizer, Path(config.run.dir) / "tokenizer")
+    folder = Path(data.primary) / "tokenizer"
+    return folder if folder.is_dir() else None
 
 
 def _used_tokens(data: DataConfig, reader: TokenReader) -> int:

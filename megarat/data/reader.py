@@ -212,12 +212,3 @@ def check_vocabulary(index: Index, model_vocab: int) -> None:
             f"{index.location}: the tokenizer of these shards ({index.tokenizer.name}) has {index.vocab_size} entries, but"
             f" model.vocab is {model_vocab}: set model.vocab to at least {index.vocab_size}"
         )
-
-
-def check_tokenizer(index: Index, name: str, sha256: str) -> None:
-    """Refuses a tokenizer file that is not the one the shards were made with."""
-    if sha256 != index.tokenizer.sha256:
-        raise UserError(
-            f"{name}: SHA-256 {sha256} is not the tokenizer of {index.location}"
-            f" ({index.tokenizer.name}, SHA-256 {index.tokenizer.sha256})"
-        )

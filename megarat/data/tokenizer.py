@@ -6,7 +6,9 @@ two. Text that spells a special token ("</s>") is encoded as ordinary text: only
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megarat.data.format import TokenizerInfo, file_sha256
+from megarat.data.store import Gone, Store
 from megarat.errors import UserError
 
 # Files beside a tokenizer.json that name its special tokens, most specific first.
@@ -174,3 +177,39 @@ def _special_token(config: Path, key: str) -> str | None:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
+
+
+def fetch_tokenizer(store: Store, made_by: TokenizerInfo, folder: Path) -> Path | None:
+    """A copy in `folder` of the tokenizer that a remote corpus carries in `store`; None, and a word on stderr, where none can be had.
+
+    A copy that is there already is taken as it is. A folder without the corpus's tokenizer costs a run nothing but a text it cannot print.
+
+    Raises:
+        UserError: what `store` holds is not the tokenizer `made_by` that the shards were made with.
+    """
+    file = folder / made_by.name
+    if file.is_file() and file_sha256(file) == made_by.sha256:
+        return folder
+    found = _load(store, made_by.name)
+    if found is None:
+        print(f"{store.name(made_by.name)}: not to be had; checkpoints will carry no tokenizer", file=sys.stderr)
+        return None
+    if (sha256 := hashlib.sha256(found).hexdigest()) != made_by.sha256:
+        raise UserError(
+            f"{store.name(made_by.name)}: SHA-256 {sha256} is not that of the tokenizer the shards were made with"
+            f" (SHA-256 {made_by.sha256}); restore the file"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _CONFIG_NAMES if made_by.kind == HuggingFaceTokenizer.kind else ():
+        if (config := _load(store, name)) is not None:
+            (folder / name).write_bytes(config)
+    file.write_bytes(found)  # last: it says that all is there
+    return folder
+
+
+def _load(store: Store, file: str) -> bytes | None:
+    """What a command or a server cannot give counts as not there: a command's exit code does not tell the two apart."""
+    try:
+        return store.load(file)
+    except (Gone, UserError):
+        return None

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megarat import comm
 from megarat.checkpoint import load as checkpoints
 from megarat.checkpoint.background import Moment, Saver
 from megarat.checkpoint.manifest import CheckpointState
 from megarat.config import Config, ShardsSetting
-from megarat.data.corpus import check_budget, open_corpus
+from megarat.data.corpus import check_budget, open_corpus, tokenizer_folder
 from megarat.data.loader import Loader, PairSource
 from megarat.data.tokenizer import load_tokenizer
 from megarat.engine import MASTER, Engine, resolve_precision
@@ -44,21 +45,13 @@ class Run:
     state: CheckpointState
     resumed_from: Path | None
     saver: Saver
+    tokenizer: Path | None  # the folder of its files, which go into every checkpoint
 
     def save(self) -> None:
         """Begin a checkpoint of this moment, and then remove those that the config no longer keeps; ``saver.wait`` ends it."""
         state, self.state.optimizer_steps = self.engine.state(), self.engine.steps
         self.state.random_state = _random_state()
-        tokenizer = Path(self.config.data.primary) / "tokenizer"
-        self.saver.begin(
-            Moment(
-                self.state,
-                state,
-                self.engine.dtype,
-                tokenizer if tokenizer.is_dir() else None,
-                protected=self.state.guard.get("safe"),
-            )
-        )
+        self.saver.begin(Moment(self.state, state, self.engine.dtype, self.tokenizer, protected=self.state.guard.get("safe")))
 
     def load(self, folder: Path, state: CheckpointState) -> None:
         """Be where the checkpoint ``folder``, whose state is ``state``, was written."""
@@ -73,7 +66,7 @@ class Run:
 def build(config: Config, kind: str, mesh: Mesh, resume: Resume | None, parent: Parent | None) -> Run:
     """Data, model and engine: in the state of a checkpoint, or new with the weights of ``parent``, or new with random ones."""
     precision = resolve_precision(config.train.precision, mesh.device)
-    loader, data_identity = _open_data(config, mesh)
+    loader, data_identity, tokenizer = _open_data(config, mesh)
     if resume is not None:
         _check_resumable(resume.state, precision, data_identity, config.data.shards, parent)
     with mesh.device:  # the whole model need never lie on the host
@@ -85,7 +78,7 @@ def build(config: Config, kind: str, mesh: Mesh, resume: Resume | None, parent: 
     saver.prepare(engine.state())
     state = CheckpointState(kind, 0, 0, config, describe(config.patterns), precision, data_identity=data_identity)
     state.mesh = mesh.describe() | {"zero": config.parallel.zero}
-    run = Run(config, mesh, engine, loader, state, resume.folder if resume else None, saver)
+    run = Run(config, mesh, engine, loader, state, resume.folder if resume else None, saver, tokenizer)
     if resume is not None:
         run.load(resume.folder, resume.state)
     elif parent is not None:
@@ -95,12 +88,12 @@ def build(config: Config, kind: str, mesh: Mesh, resume: Resume | None, parent: 
     return run
 
 
-def _open_data(config: Config, mesh: Mesh) -> tuple[PairSource, str]:
-    """What the run trains on, and the hash by which a resume knows it again; the first rank says how much of it is read."""
+def _open_data(config: Config, mesh: Mesh) -> tuple[PairSource, str, Path | None]:
+    """What the run trains on, the hash by which a resume knows it again, and its tokenizer; the first rank says how much is read."""
     if config.data.task:
-        tokenizer = load_tokenizer(Path(config.data.primary) / "tokenizer")
-        tasks = TaskLoader(config, tokenizer, mesh.place.data, mesh.shape.data)
-        return tasks, tasks.identity
+        folder = Path(config.data.primary) / "tokenizer"
+        tasks = TaskLoader(config, load_tokenizer(folder), mesh.place.data, mesh.shape.data)
+        return tasks, tasks.identity, folder
     corpus = open_corpus(config)
     budget = check_budget(config, corpus)
     if mesh.is_first:
@@ -115,7 +108,7 @@ def _open_data(config: Config, mesh: Mesh) -> tuple[PairSource, str]:
         data_size=mesh.shape.data,
         separate_documents=config.data.documents == "separate",
     )
-    return loader, corpus.reader.identity
+    return loader, corpus.reader.identity, comm.first_decides(lambda: tokenizer_folder(config, corpus), mesh.world)
 
 
 def _check_resumable(

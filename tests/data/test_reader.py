@@ -11,7 +11,7 @@ import pytest
 from corpora import Corpus, make_corpus
 
 from megarat.data.format import Index
-from megarat.data.reader import TokenReader, check_tokenizer, check_vocabulary
+from megarat.data.reader import TokenReader, check_vocabulary
 from megarat.errors import UserError
 
 
@@ -77,10 +77,3 @@ def test_a_model_vocabulary_smaller_than_the_tokenizers_is_refused(corpus: Corpu
     check_vocabulary(index, 1000)
     with pytest.raises(UserError, match=r"test\.model.*1000 entries, but model\.vocab is 999"):
         check_vocabulary(index, 999)
-
-
-def test_another_tokenizer_than_the_shards_were_made_with_is_refused(corpus: Corpus) -> None:
-    index = Index.read(corpus.folder)
-    check_tokenizer(index, "mine.model", "0" * 64)
-    with pytest.raises(UserError, match=r"mine\.model: SHA-256 1{64} is not the tokenizer of"):
-        check_tokenizer(index, "mine.model", "1" * 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import yaml
 
 from megarat.checkpoint import load as checkpoints
 from megarat.config import Config
+from megarat.data import store
 from megarat.errors import EXIT_STOPPED, StoppedEarly, UserError
 from megarat.train import loop, run
 from megarat.train.loop import pretrain
@@ -344,3 +346,28 @@ def test_a_model_smaller_than_the_tokenizer_is_refused(mesh, shards, tmp_path):
 def test_missing_shards_are_named(mesh, tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         pretrain(config(tmp_path / "run", tmp_path / "nowhere"))
+
+
+def test_checkpoints_carry_the_tokenizer_of_a_remote_corpus(mesh, shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(store, "PAUSES", ())
+    corpus = tmp_path / "corpus"
+    shutil.copytree(shards, corpus)
+    files = {"tokenizer.json": b'{"made": "up"}', "tokenizer_config.json": b"{}"}
+    index = json.loads((corpus / "train" / "index.json").read_text())
+    sha256 = hashlib.sha256(files["tokenizer.json"]).hexdigest()
+    index["tokenizer"] = {"name": "tokenizer.json", "kind": "huggingface", "sha256": sha256}
+    (corpus / "train" / "index.json").write_text(json.dumps(index))
+    remote = f"pipe:cat {corpus}/{{}}"
+
+    def carried(run):
+        folder = checkpoints.resolve(pretrain(config(tmp_path / run, remote, train={"pairs": 1}))) / "tokenizer"
+        return {file.name: file.read_bytes() for file in folder.glob("*")}
+
+    assert carried("without") == {} and "checkpoints will carry no tokenizer" in capsys.readouterr().err
+    (corpus / "tokenizer").mkdir()
+    for name, content in files.items():
+        (corpus / "tokenizer" / name).write_bytes(content)
+    assert carried("with") == files
+    (corpus / "tokenizer" / "tokenizer.json").write_bytes(b"{}")
+    with pytest.raises(UserError, match=rf"cat {corpus}/tokenizer/tokenizer.json: SHA-256 \w+ is not that of the tokenizer"):
+        carried("of another")
