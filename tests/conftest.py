@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,21 @@ import pytest
 GOLDEN = Path(__file__).parent / "golden"
 
 
+STARTED = time.monotonic()
+SLOW_TEST_MINUTES = float(os.environ.get("SLOW_TEST_MINUTES", "inf"))
+
+
 def pytest_collection_modifyitems(items):
-    """Jobs on Slurm come first: they wait for much, and the other tests have a processor to run on meanwhile."""
-    items.sort(key=lambda item: "slurm" not in item.path.parts)
+    """Jobs on Slurm come first: they wait for much, and the other tests have a processor to run on meanwhile; then files with slow tests."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: ("slurm" not in item.path.parts, item.path not in slow))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """So that a run has an end on a machine that others keep busy: slow tests are left out, and said to be, once that time is over."""
+    if item.get_closest_marker("slow") and time.monotonic() - STARTED > 60 * SLOW_TEST_MINUTES:
+        pytest.skip(f"not begun within the first {SLOW_TEST_MINUTES:g} minutes (SLOW_TEST_MINUTES): the machine is too busy")
 
 
 @pytest.fixture(scope="session", autouse=True)

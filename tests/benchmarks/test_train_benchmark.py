@@ -31,6 +31,7 @@ def copy_weights(plain: torch.nn.Module, model: torch.nn.Module) -> None:
                 target.copy_(source.weight)
 
 
+@pytest.mark.slow
 def test_the_plain_baseline_makes_the_same_updates(mesh):
     """Otherwise the two would not be compared at equal work. fp32: sums in another order, three updates carry it on."""
     settings = tiny_run.config()

@@ -195,6 +195,7 @@ def train(config: Config) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+@pytest.mark.slow
 def test_on_many_ranks_the_files_are_the_same_as_of_saves_that_wait(shards, tmp_path):
     for name, asynchronous in (("now", False), ("later", True)):
         worlds.run(2, train, run_config(tmp_path / name, shards, 3, asynchronous, precision="bf16"))

@@ -10,6 +10,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import tiny_run
 import torch
 from torch import distributed
@@ -125,6 +126,7 @@ def _kill_at_many_points(folder: Path, points: int) -> tuple[list[int], int]:
     return outcomes, between
 
 
+@pytest.mark.slow
 def test_killed_at_random_points_of_a_save_ranks_leave_a_good_checkpoint(tmp_path):
     ((outcomes, between),) = worlds.run(1, kill_at_many_points, tmp_path, POINTS, timeout_s=1500)
     assert len(outcomes) == POINTS >= 50 and between >= 5

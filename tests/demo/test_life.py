@@ -72,6 +72,7 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_the_run_was_stopped_and_resumed_without_a_gap_or_a_repeat(demo_folder):
     starts = json.loads((demo_folder / "pretrain" / "environment.json").read_text(encoding="utf-8"))["starts"]
     assert len(starts) == 2
@@ -116,6 +117,7 @@ def test_the_report_has_its_plots(demo_folder):
         assert (demo_folder / plot).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_finished_demo_goes_through_again_without_training(again, demo_folder):
     assert (demo_folder / "pretrain" / "metrics.jsonl").read_bytes() == again
 

@@ -73,6 +73,7 @@ def on_ranks(checkpoint: Path, tensor: int) -> tuple[int, list[dict[str, torch.T
     return sum(parameter.numel() for parameter in model.parameters()), answers(model)
 
 
+@pytest.mark.slow
 def test_ranks_that_share_a_model_answer_like_one_process(checkpoint):
     """Two models of two ranks each: every rank says what one process says, and the two models the same bit for bit."""
     model = megarat.load(checkpoint, device="cpu")

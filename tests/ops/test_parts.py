@@ -147,6 +147,7 @@ for B, H, in_place in ((1, 2, True), (2, 1, False)):
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_writes_its_part_in_place():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

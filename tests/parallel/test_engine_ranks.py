@@ -107,6 +107,7 @@ def test_recomputing_runs_each_layer_twice_a_pass():
     assert calls == {False: tiny_run.LAYERS, True: 2 * tiny_run.LAYERS}
 
 
+@pytest.mark.slow
 def test_bf16_losses_stay_near_those_of_one_fp32_process():
     ((expected,),) = worlds.run(1, courses, "fp32", [{}])
     first, second = worlds.run(2, courses, "bf16", list(MESHES.values()))

@@ -33,6 +33,7 @@ def failures(verdicts, chosen) -> list[str]:
     return [f"{verdict} {case}" for verdict, case in zip(verdicts, chosen, strict=True) if not verdict.holds]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_mesh_computes_what_one_process_of_plain_pytorch_does(world_size):
     chosen = selection(world_size)

@@ -92,6 +92,7 @@ CHAINS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", CHAINS, ids=" -> ".join)
 def test_a_run_goes_on_from_mesh_to_mesh_as_if_nothing_had_changed(shards, tmp_path, course, chain):
     run_dir = tmp_path / "run"

@@ -180,10 +180,13 @@ class Cluster:
         own = self._namespaces[node]
         return [int(process.name) for process in Path("/proc").glob("[0-9]*") if _host_namespace(process) == own]
 
-    def script_daemon(self, node: str, job: str) -> int:
-        """The slurmstepd of a node that started a job's script."""
-        titles = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in self.processes(node)}
-        return next(pid for pid, title in titles.items() if title.startswith(f"slurmstepd: [{job}.batch]".encode()))
+    def script_daemon(self, job: str) -> int:
+        """The slurmstepd that started a running job's script."""
+        node = self.field(job, "BatchHost")
+        titles = {pid: _title(pid) for pid in self.processes(node)}
+        found = [pid for pid, title in titles.items() if title.startswith(f"slurmstepd: [{job}.batch]")]
+        assert len(found) == 1, f"script daemons of job {job} on {node}: {found} of {titles}"
+        return found[0]
 
     def stop(self) -> None:
         """Cancel what runs, then end the daemons by their pid files and wait until they are gone."""
@@ -252,6 +255,13 @@ def wait_until(
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {seconds:g} s for {what}\n{explain()}")
         time.sleep(poll)
+
+
+def _title(pid: int) -> str:
+    """How a process calls itself; nothing of one that has just ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
 
 
 def parent(pid: int) -> int:

@@ -89,6 +89,7 @@ def runs(cluster, tmp_path_factory) -> Runs:
     return Runs(base, submitted)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_its_start_in_a_save_and_without_its_step_daemon_goes_on_exactly(cluster, runs):
     run, job = runs.base / "hurt", runs.jobs["pretrain-hurt"]
     cluster.command("scontrol", "release", job)
@@ -114,6 +115,7 @@ def test_a_run_killed_at_its_start_in_a_save_and_without_its_step_daemon_goes_on
     assert pairs_of(run) == pairs_of(runs.base / "whole")  # every loss, norm and hash of the stream, bit for bit
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_a_run_goes_on_exactly_and_a_second_one_is_refused(cluster, runs, monkeypatch):
     run, job = runs.base / "stopped", runs.jobs["pretrain-stopped"]
     cluster.command("scontrol", "release", job)
@@ -156,6 +158,7 @@ def test_tensorboard_has_each_step_once_in_one_file(cluster, runs, run):
     assert [step for step, _ in losses] == list(range(1, PAIRS + 1))
 
 
+@pytest.mark.slow
 def test_an_evaluation_stopped_and_killed_at_its_work_keeps_what_is_done(cluster, runs):
     scores, job = runs.base / "scores", runs.jobs["eval-scores"]
     cluster.command("scontrol", "release", job)
@@ -205,6 +208,7 @@ def test_one_command_ends_in_a_report_of_all_patterns(cluster, runs):
     assert parent_of["path"].startswith(str(runs.base / "pretrain/checkpoints"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_adapted_evaluated_and_reported_on_without_a_pretraining(cluster, runs):
     cluster.wait_for_state(runs.jobs["pretrain-pretrain"], "COMPLETED", "FAILED")
     job = job_of(

@@ -64,6 +64,7 @@ def test_a_run_whose_checkpoint_went_away_does_not_begin_again(cluster, jobs):
     assert "left the checkpoint pair_00000004" in gone.log and "holds none; restore it" in gone.log
 
 
+@pytest.mark.slow
 def test_a_rank_whose_step_daemon_is_killed_does_not_live_on_and_the_job_goes_on(cluster, jobs):
     """Its srun learns nothing of that: the rank ends by itself, and the job by the silence of the others."""
     run = jobs["step daemon killed"]
@@ -78,7 +79,7 @@ def test_a_rank_whose_step_daemon_is_killed_does_not_live_on_and_the_job_goes_on
 def test_a_script_whose_step_daemon_is_killed_ends_its_ranks_and_is_requeued(cluster, jobs):
     run = jobs["script's daemon killed"]
     run.waits()
-    os.kill(cluster.script_daemon("n1", run.job), signal.SIGKILL)
+    os.kill(cluster.script_daemon(run.job), signal.SIGKILL)
     wait_until(lambda: cluster.field(run.job, "Restarts") == "1", PATIENCE, "the job to be requeued")
     cluster.wait_for_state(run.job, "COMPLETED", "FAILED")
     assert run.endings == [("died", 4), ("done", 8)]
