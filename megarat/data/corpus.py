@@ -68,7 +68,7 @@ def tokenizer_folder(config: Config, corpus: Corpus) -> Path | None:
     data = config.data
     if is_remote(data.primary):
         store = open_store(join(data.primary, "tokenizer"), _cache(data))
-        return fetch_tokenizer(store, corpus.primary.tokenizer, Path(config.run.dir) / "tokenizer")
+        return fetch_tokenizer(store, corpus.primary, Path(config.run.dir) / "tokenizer")
     folder = Path(data.primary) / "tokenizer"
     return folder if folder.is_dir() else None
 

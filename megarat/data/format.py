@@ -247,9 +247,15 @@ def check_tokenizer_file(index: Index) -> None:
         UserError: the tokenizer's file in `folder/../tokenizer` has another hash than the index says.
     """
     file = index.folder.parent / "tokenizer" / index.tokenizer.name
-    if file.is_file() and (found := file_sha256(file)) != index.tokenizer.sha256:
+    if file.is_file():
+        check_tokenizer(index, str(file), file_sha256(file))
+
+
+def check_tokenizer(index: Index, name: str, sha256: str) -> None:
+    """Refuses a tokenizer's file (`name`, in messages) whose hash is not that of the one the shards were made with."""
+    if sha256 != index.tokenizer.sha256:
         raise UserError(
-            f"{file}: SHA-256 {found} is not that of the tokenizer the shards in {index.folder} were made with"
+            f"{name}: SHA-256 {sha256} is not that of the tokenizer the shards in {index.location} were made with"
             f" (SHA-256 {index.tokenizer.sha256}); restore the file"
         )
 

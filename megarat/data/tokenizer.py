@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megarat.data.format import TokenizerInfo, file_sha256
+from megarat.data.format import Index, TokenizerInfo, check_tokenizer, file_sha256
 from megarat.data.store import Gone, Store
 from megarat.errors import UserError
 
@@ -179,14 +179,15 @@ def _special_token(config: Path, key: str) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def fetch_tokenizer(store: Store, made_by: TokenizerInfo, folder: Path) -> Path | None:
+def fetch_tokenizer(store: Store, index: Index, folder: Path) -> Path | None:
     """A copy in `folder` of the tokenizer that a remote corpus carries in `store`; None, and a word on stderr, where none can be had.
 
-    A copy that is there already is taken as it is. A folder without the corpus's tokenizer costs a run nothing but a text it cannot print.
+    A copy that is there already is taken as it is. Training does not need one: what lacks is only what checkpoints would carry.
 
     Raises:
-        UserError: what `store` holds is not the tokenizer `made_by` that the shards were made with.
+        UserError: what `store` holds is not the tokenizer that the shards of `index` were made with.
     """
+    made_by = index.tokenizer
     file = folder / made_by.name
     if file.is_file() and file_sha256(file) == made_by.sha256:
         return folder
@@ -194,11 +195,7 @@ def fetch_tokenizer(store: Store, made_by: TokenizerInfo, folder: Path) -> Path 
     if found is None:
         print(f"{store.name(made_by.name)}: not to be had; checkpoints will carry no tokenizer", file=sys.stderr)
         return None
-    if (sha256 := hashlib.sha256(found).hexdigest()) != made_by.sha256:
-        raise UserError(
-            f"{store.name(made_by.name)}: SHA-256 {sha256} is not that of the tokenizer the shards were made with"
-            f" (SHA-256 {made_by.sha256}); restore the file"
-        )
+    check_tokenizer(index, store.name(made_by.name), hashlib.sha256(found).hexdigest())
     folder.mkdir(parents=True, exist_ok=True)
     for name in _CONFIG_NAMES if made_by.kind == HuggingFaceTokenizer.kind else ():
         if (config := _load(store, name)) is not None:
