@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from megarat.ops.autograd import once_differentiable
 
 APEX_MODULE = "fused_weight_gradient_mlp_cuda"
 

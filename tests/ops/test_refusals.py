@@ -20,6 +20,7 @@ from megarat.ops import (
     rms_norm,
     rotary_tables,
 )
+from megarat.ops.summed_linear import summed_linear
 
 
 def heads(channels=16, dtype=torch.float32, count=3):
@@ -86,6 +87,9 @@ def twice(op):
     elif op == "linear_cross_entropy":
         inputs = [leaf(2, 3), leaf(5, 3)]
         result = linear_cross_entropy(*inputs, torch.zeros(2, dtype=torch.int64))[0]
+    elif op == "summed_linear":
+        inputs, weight = [leaf(2, 3)], leaf(4, 3)
+        result = summed_linear(*inputs, weight, total_FC=torch.zeros_like(weight), note=lambda: None).sum()
     elif op == "gelu_linear":
         inputs = [leaf(2, 3), leaf(4, 3)]
         result = gelu_linear(*inputs).sum()
@@ -95,7 +99,7 @@ def twice(op):
     return inputs, torch.autograd.grad(result, inputs, create_graph=True)
 
 
-@pytest.mark.parametrize("op", ["gated_scan", "linear_cross_entropy", "gelu_linear", "fp8_linear"])
+@pytest.mark.parametrize("op", ["gated_scan", "linear_cross_entropy", "gelu_linear", "fp8_linear", "summed_linear"])
 def test_second_derivatives_raise_and_are_no_zeros(op):
     inputs, gradients = twice(op)
     penalised = sum(x.square().sum() for x in (*inputs, *gradients))
