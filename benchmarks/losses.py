@@ -1,4 +1,4 @@
-"""Do switches change what is learnt? The same tokens trained under several of them: `python -m benchmarks.losses [--pairs 500] [ARM …]`.
+"""Do switches change what is learnt? The same tokens trained under several of them: `python -m benchmarks.losses [--pairs 500 [--schedule 5000]] [ARM …]`.
 
 A model of 12 layers learns to predict the bytes of Python's own standard library (present wherever this runs), in pairs of updates as in
 pretraining. The first arm is the default; each other one changes what its name says. How far two equal runs lie apart is shown by the arm
@@ -34,7 +34,7 @@ from megarat.train.step import sparse_patterns, train_pair
 FOLDER = Path(__file__).parent
 COLUMNS = (
     "time", "gpu", "driver", "torch", "triton", "commit", "arm", "layers", "hidden", "length", "batch", "pairs", "loss_sparse",
-    "loss_dense", "mean_distance", "rms_distance", "largest_distance", "seconds",
+    "loss_dense", "mean_distance", "rms_distance", "largest_distance", "seconds", "schedule",
 )  # fmt: skip
 BYTES = 256
 
@@ -107,7 +107,7 @@ def train(name: str, data: Tensor, options: argparse.Namespace) -> tuple[list[tu
     for pair in range(options.pairs):
         ids_BT, labels_BT = batch_of(data, pair, options, mesh.device)
         micro_batch = (ids_BT.flip(0), labels_BT.flip(0)) if arm.reverse else (ids_BT, labels_BT)
-        lr = learning_rate(pair, config.train.pairs, config.optim)
+        lr = learning_rate(pair, options.schedule or options.pairs, config.optim)
         summed = config.train.recipe == "summed"
         result = train_pair(engine, [micro_batch], sparse_patterns(config, pair), config.patterns, lr, None, summed)
         losses.append(tuple(math.nan if update is None else update.loss for update in (result.sparse, result.dense)))
@@ -134,6 +134,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arms", nargs="*", metavar="ARM", help=f"of {', '.join(ARMS)}; all by default")
     parser.add_argument("--pairs", type=int, default=500)
+    parser.add_argument(
+        "--schedule", type=int, help="pairs that the learning rate is laid out for; by default as many as are run"
+    )
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--head", type=int, default=128, help="channels of a head")
@@ -152,7 +155,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             "time": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
             **(environment() if torch.cuda.is_available() else {"gpu": "cpu", "torch": torch.__version__, "commit": commit()}),
             "arm": name, "layers": options.layers, "hidden": options.hidden, "length": options.length, "batch": options.batch,
-            "pairs": options.pairs, **compare(losses, first), "seconds": round(seconds, 1),
+            "pairs": options.pairs, "schedule": options.schedule or options.pairs, **compare(losses, first), "seconds": round(seconds, 1),
         }  # fmt: skip
         print(", ".join(f"{key} {row[key]}" for key in COLUMNS[6:]), flush=True)
         append([row], options.results, COLUMNS)

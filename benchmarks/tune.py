@@ -43,7 +43,9 @@ SCAN_FORWARD = {
         scan.Tile(64, 16, 8, 16, 128, 1), scan.Tile(64, 16, 8, 16, 128, 1, True), scan.Tile(64, 16, 8, 16, 128, 2, True),
         scan.Tile(64, 8, 8, 8, 128, 1, True), scan.Tile(64, 8, 8, 8, 128, 2), scan.Tile(64, 8, 8, 8, 128, 2, True),
         scan.Tile(64, 8, 8, 8, 128, 3, True), scan.Tile(64, 8, 8, 8, 128, 4, True), scan.Tile(64, 4, 8, 4, 128, 4, True),
-        scan.Tile(32, 8, 8, 4, 128, 2, True), scan.Tile(64, 8, 4, 8, 80, 4, True),
+        scan.Tile(32, 8, 8, 4, 128, 2, True), scan.Tile(64, 8, 4, 8, 80, 4, True), scan.Tile(64, 8, 16, 8, 255, 1), scan.Tile(64, 8, 16, 8, 255, 2),
+        scan.Tile(64, 8, 16, 8, 255, 2, True), scan.Tile(32, 8, 16, 4, 255, 2, True), scan.Tile(32, 8, 16, 4, 255, 3, True),
+        scan.Tile(64, 4, 16, 4, 255, 3, True), scan.Tile(32, 8, 16, 8, 128, 2, True), scan.Tile(32, 16, 16, 8, 255, 2),
     ],
 }  # fmt: skip
 SCAN_BACKWARD = {

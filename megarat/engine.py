@@ -605,6 +605,8 @@ def _deepspeed_config(config: Config, precision: str, micro_batches: int, parame
         # round them to bf16 on the way); ZeRO 2 and 3 send the gradients of each micro-batch as the model made them.
         "communication_data_type": "fp32" if config.parallel.zero == 1 else None,
         "steps_per_print": None,
+        # DeepSpeed's throughput timer would wait for the GPU before every forward, which no CUDA graph can hold either
+        "timers": {"throughput": {"enabled": False}},
         "pipeline": {
             "pipe_partitioned": False,
             "grad_partitioned": False,

@@ -52,8 +52,8 @@ class Decoder:
     """``rows`` sequences of at most ``capacity`` tokens under one reading.
 
     ``buckets`` are the batch sizes a step is made for (default: powers of two, and ``rows``); only ids below ``vocabulary`` are drawn.
-    ``graphs``: whether steps are captured in CUDA graphs; None: unless with top-k blocks or under SnapKV. On CPUs and where ranks share the
-    model, steps are always plain calls. Raises ``UserError`` where that many rows do not fit into memory.
+    ``graphs``: whether steps are captured in CUDA graphs. On CPUs and where ranks share the model, steps are always plain calls. Raises
+    ``UserError`` where that many rows do not fit into memory.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Decoder:
         vocabulary: int | None = None,
         *,
         buckets: Sequence[int] | None = None,
-        graphs: bool | None = None,
+        graphs: bool = True,
     ) -> None:
         weight = model.embedding.weight
         self._model = model
@@ -80,8 +80,7 @@ class Decoder:
         self._active: list[int] = []
         is_cuda = weight.device.type == "cuda"
         self._host_B = torch.zeros(rows, dtype=torch.int64, pin_memory=True) if is_cuda else None
-        wanted = reading.is_plain if graphs is None else graphs
-        self._capturing = wanted and is_cuda and model.ranks.size == 1
+        self._capturing = graphs and is_cuda and model.ranks.size == 1
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._capturing else None
         self._chunk = prefill_chunk(model.config)

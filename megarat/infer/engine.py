@@ -42,7 +42,6 @@ class Generation:
         self.request = request
         self.ids: list[int] = []
         self.finish: Finish | None = None
-        self.drawn = 0  # tokens, the one that the host has not seen yet among them
         self._tokenizer = tokenizer
         self._window = list(
             request.ids[-_CONTEXT:]
@@ -54,17 +53,18 @@ class Generation:
 
     def add(self, token: int) -> None:
         """Take the next token: it ends the generation or goes on with it."""
-        if token in self.request.stop_ids:
+        request = self.request
+        if token in request.stop_ids:
             self.finish = "stop"
         else:
             self.ids.append(token)
-            if len(self.ids) == self.request.max_new_tokens:
+            if len(self.ids) == request.max_new_tokens:
                 self.finish = "length"
-        if self.request.stops:
+        if request.stops:
             self._look_for_stops()
 
     def cancel(self) -> None:
-        """Stop working on it; its row is free at the next step."""
+        """Stop working on it; the step after the next has its row free."""
         self.finish = self.finish or "cancelled"
 
     @property
@@ -97,6 +97,20 @@ class Generation:
             self._settled = len(self._window)
 
 
+@dataclass
+class _Batch:
+    """Who decodes, and how, for as long as nobody comes or ends: ten thousand rows are looked through once, not at every step.
+
+    ``steps`` more ones of the device belong to it; the first of ``going`` has drawn all its tokens then.
+    """
+
+    running: list[tuple[int, Generation]]  # rows, ascending, whose newest token the host has not seen
+    going: list[int]  # those of them that want another one
+    greedy: bool
+    steps: int
+    full: bool  # no row is free
+
+
 class Engine:
     """One model read in one way, ``rows`` sequences of at most ``capacity`` tokens at a time.
 
@@ -113,7 +127,7 @@ class Engine:
         rows: int,
         capacity: int,
         buckets: Sequence[int] | None = None,
-        graphs: bool | None = None,
+        graphs: bool = True,
     ) -> None:
         if tokenizer.vocab_size > model.config.vocab:
             raise UserError(
@@ -124,6 +138,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._rows: list[Generation | None] = [None] * rows
         self._waiting: deque[Generation] = deque()
+        self._batch: _Batch | None = None  # None: someone ended
 
     @property
     def busy(self) -> bool:
@@ -165,24 +180,24 @@ class Engine:
 
         Returns the generations that went on or ended.
         """
-        self._rows = [None if row is None or row.finish is not None else row for row in self._rows]
-        self._admit()
-        self._close_ranks()
-        running = [(row, generation) for row, generation in enumerate(self._rows) if generation is not None]
-        if not running:
+        if self._batch is None or (self._waiting and not self._batch.full):
+            self._batch = self._next()
+        batch = self._batch
+        if not batch.running:
             return []
-        snapshot = self.decoder.snapshot(running[-1][0] + 1)
-        going = [(row, generation) for row, generation in running if generation.drawn < generation.request.max_new_tokens]
-        if going:
-            greedy = all(generation.request.sampling.takes_the_likeliest for _, generation in going)
-            self.decoder.step([row for row, _ in going], greedy)
-            for _, generation in going:
-                generation.drawn += 1
+        snapshot = self.decoder.snapshot(batch.running[-1][0] + 1)
+        if batch.going:
+            self.decoder.step(batch.going, batch.greedy)
+        batch.steps -= 1
         tokens = snapshot.tokens()
-        for row, generation in running:
+        ended = False
+        for row, generation in batch.running:
             if generation.finish is None:  # it may have been cancelled meanwhile
                 generation.add(tokens[row])
-        return [generation for _, generation in running]
+            ended = ended or generation.finish is not None
+        if ended or batch.steps <= 0:
+            self._batch = None
+        return [generation for _, generation in batch.running]
 
     def run(self, requests: Sequence[Request], on_done: Callable[[int], object] = lambda _: None) -> list[Generation]:
         """All requests to their ends, in their order; ``on_done`` hears how many have just ended."""
@@ -190,6 +205,19 @@ class Engine:
         while self.busy:
             on_done(sum(generation.finish is not None for generation in self.step()))
         return generations
+
+    def _next(self) -> _Batch:
+        """Who decodes now that someone has ended or is waiting."""
+        self._rows = [None if row is None or row.finish is not None else row for row in self._rows]
+        self._admit()
+        self._close_ranks()
+        running = [(row, generation) for row, generation in enumerate(self._rows) if generation is not None]
+        # one token of each is still on its way to the host
+        left = {row: generation.request.max_new_tokens - len(generation.ids) - 1 for row, generation in running}
+        going = [(row, generation) for row, generation in running if left[row] > 0]
+        greedy = all(generation.request.sampling.takes_the_likeliest for _, generation in going)
+        steps = min((left[row] for row, _ in going), default=0)
+        return _Batch(running, [row for row, _ in going], greedy, steps, full=len(running) == len(self._rows))
 
     def _admit(self) -> None:
         """Read waiting prompts into free rows, each with its first token; not too many tokens at once, or those who decode would stall."""
@@ -200,7 +228,6 @@ class Engine:
             self.decoder.read(gap[0], prompts, [generation.request.sampling for generation in batch])
             for row, generation in zip(gap, batch, strict=False):
                 self._rows[row] = generation
-                generation.drawn = 1
             budget -= len(distinct) * max(map(len, prompts))
 
     def _gap(self) -> range:

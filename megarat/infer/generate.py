@@ -47,7 +47,7 @@ def generate(
         raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
     reading = reading if isinstance(reading, Reading) else Reading(reading)
     rows, capacity = len(prompts_BT), int(lengths_B.max()) + max_new_tokens
-    graphs = None if max_new_tokens >= _WORTH_A_GRAPH else False
+    graphs = max_new_tokens >= _WORTH_A_GRAPH
     decoder = Decoder(model, reading, rows, capacity, vocabulary, buckets=(rows,), graphs=graphs)
     samplings = [replace(sampling, seed=sampling.seed + row) for row in range(rows)]
     decoder.read_padded(0, prompts_BT, lengths_B, samplings)

@@ -56,7 +56,7 @@ class Tile(NamedTuple):
 
 # forward and backward, by regime; a backward block must be a whole number of forward segments. Chosen by timing on an H200.
 MANY_COLUMNS = Tile(64, 8, 8, 8, 128, 1), Tile(64, 4, 8, 4, 255, 1)
-FEW_COLUMNS = Tile(32, 16, 8, 8, 128, 1), Tile(32, 8, 8, 4, 255, 2)
+FEW_COLUMNS = Tile(64, 8, 16, 8, 255, 1), Tile(32, 8, 8, 4, 255, 2)
 MANY_CHANNELS = 8192  # of all rows: from so many on, short blocks give enough programs and long ones only lengthen the chain
 
 
