@@ -27,7 +27,7 @@ from benchmarks.phases import Stopwatch
 from benchmarks.tables import append
 from benchmarks.train import build_config, build_megarat, parse, resident_batches, train_pairs
 from megarat.config import Config
-from megarat.cuda_graphs import RecordedMicroBatches
+from megarat.cuda_graphs import Record, RecordedMicroBatches
 from megarat.engine import Engine, make_adamw
 from megarat.errors import UserError
 from megarat.mesh import start
@@ -45,6 +45,7 @@ class Bench(NamedTuple):
 
     engine: Engine
     config: Config
+    record: Record | None = None  # of an engine that was built for recordings
 
 
 Hold = Callable[[Bench], contextlib.AbstractContextManager[Config]]
@@ -213,8 +214,10 @@ def graphs() -> Hold:
 
     @contextlib.contextmanager
     def hold(bench: Bench) -> Iterator[Config]:
+        if bench.record is None:
+            raise UserError("the engine was not built for recordings; give --set train.cuda_graphs=true")
         if not recorded:
-            recorded.append(RecordedMicroBatches(bench.engine.model, bench.engine.micro_batches))
+            recorded.append(RecordedMicroBatches(bench.engine.model, bench.engine.micro_batches, bench.record))
         with attributes([bench.engine], _recorded=recorded[0]):
             yield bench.config
 
@@ -312,7 +315,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         mesh = start(config.run.device, config)
         engine, _ = build_megarat(config, run, mesh)
     assert isinstance(engine, Engine)
-    turns = Turns(Bench(engine, config))
+    record = engine.release_recordings()
+    turns = Turns(Bench(engine, config, record))
     for name in options.only or LEVERS:
         row = {
             "time": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megarat.model.pattern import Patterns
 
 Replay = Callable[[], None]
+Record = Callable[[Replay], Replay]
 
 
 class _Recorded(NamedTuple):
@@ -29,11 +30,11 @@ class _Recorded(NamedTuple):
 class RecordedMicroBatches:
     """Micro-batches of one shape through one model, by graphs that are recorded as patterns are met again."""
 
-    def __init__(self, model: nn.Module, micro_batches: int, record: Callable[[Replay], Replay] | None = None) -> None:
+    def __init__(self, model: nn.Module, micro_batches: int, record: Record) -> None:
         """``micro_batches`` an update; each one's gradients count that much less. ``record`` runs a function to make its replay."""
         self._model = model
         self._share = 1.0 / micro_batches
-        self._record = record or _Recorder()
+        self.record = record
         self._recorded: dict[Patterns, _Recorded] = {}
         self._met: set[Patterns] = set()
 
@@ -67,18 +68,25 @@ class RecordedMicroBatches:
             (loss * self._share).backward()
             held.copy_(loss.detach())
 
-        return _Recorded(ids_BT, labels_BT, held, self._record(run))
+        return _Recorded(ids_BT, labels_BT, held, self.record(run))
 
 
-class _Recorder:
-    """Records on a GPU; all graphs share one pool of memory, as they run one behind the other."""
+class Recorder:
+    """Records on a GPU; all graphs share one pool of memory, as they run one behind the other.
 
-    def __init__(self) -> None:
+    The node that takes a parameter's gradient runs on the stream that was current when it was made, whatever stream its backward runs on,
+    and a graph holds one stream alone: ``stream`` must be the one on which the parameters' first backward nodes (DeepSpeed's hooks hang on
+    them) were made, and not the default one, which nothing can be recorded on.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Replay) -> Replay:
+        """Record what ``run`` launches; calling the result launches it again."""
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             run()
         return graph.replay

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from megarat.config import Config, OptimConfig
-from megarat.cuda_graphs import RecordedMicroBatches
+from megarat.cuda_graphs import Record, RecordedMicroBatches, Recorder
 from megarat.errors import UserError
 from megarat.mesh import ENDS, MODEL, REPLICAS, TENSOR, Mesh
 from megarat.model import names
@@ -100,7 +100,9 @@ class Engine:
         optimizer = make_adamw(_parameter_groups(model, config.optim), config.optim, mesh.device)
         parameters = sum(tensor.numel() for tensor in initial.values())
         settings = _deepspeed_config(config, self.precision, self.micro_batches, parameters)
-        with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory use
+        recording = torch.cuda.Stream(mesh.device) if config.train.cuda_graphs and mesh.device.type == "cuda" else None
+        # BF16_Optimizer prints its memory use; its hooks make the nodes that take the gradients, on the stream of the recordings
+        with contextlib.redirect_stdout(io.StringIO()), torch.cuda.stream(recording):  # type: ignore[arg-type]
             wrapped, unit = (model, _ModelParallelUnit(mesh)) if self._stages == 1 else (_pipeline_module(model, mesh), None)
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=wrapped, optimizer=optimizer, config=settings, mpu=unit
@@ -112,7 +114,9 @@ class Engine:
             self._optimizer._update_hp_grad = functools.partial(_add_gradient, self._optimizer)
         if config.train.weight_gradients != "separate":
             self._sum_in_products(config.train.weight_gradients)
-        self._recorded = self._recorded_micro_batches() if config.train.cuda_graphs else None
+        if recording is not None:
+            torch.cuda.current_stream().wait_stream(recording)
+        self._recorded = self._recorded_micro_batches(recording) if config.train.cuda_graphs else None
         if self.precision == "bf16":  # masters start from the fp32 initialisation, not from its bf16 rounding
             for name, parameter in self.model.named_parameters():
                 flat, first = self._own_part(parameter, MASTER)
@@ -222,12 +226,17 @@ class Engine:
             self._recorded.met(patterns)
         return loss.detach().float()
 
-    def _recorded_micro_batches(self) -> RecordedMicroBatches:
-        if not (self.mesh.device.type == "cuda" and self._has_bf16_optimizer):
+    def _recorded_micro_batches(self, stream: torch.cuda.Stream | None) -> RecordedMicroBatches:
+        if stream is None or not self._has_bf16_optimizer:
             raise UserError(
                 f"train.cuda_graphs in {self.precision} on {self.mesh.device.type}: needs a GPU and bf16; set it to false"
             )
-        return RecordedMicroBatches(self._model, self.micro_batches)
+        return RecordedMicroBatches(self._model, self.micro_batches, Recorder(stream))
+
+    def release_recordings(self) -> Record | None:
+        """Launch kernels one by one from now on; what recorded them, None where nothing did."""
+        recorded, self._recorded = self._recorded, None
+        return None if recorded is None else recorded.record
 
     def _sum_in_products(self, how: str) -> None:
         """Let the layers' products add weight gradients to DeepSpeed's fp32 sums, which stay where they are for good."""
