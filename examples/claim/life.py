@@ -69,7 +69,7 @@ class Results:
     def open(cls, path: Path, arm: str, config: Config) -> Results:
         """Those at ``path``, or new ones. Raises ``UserError`` when the file is damaged or of another config."""
         if not path.exists():
-            return cls(path, {"arm": arm, "seed": config.train.seed, "config": config.to_dict(), "environment": _environment()})
+            return cls(path, {"arm": arm, "seed": config.train.seed, "config": _published(config), "environment": _environment()})
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             before = configuration.from_dict(content["config"], str(path))
@@ -352,6 +352,14 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _published(config: Config) -> dict[str, Any]:
+    """The config with the names alone of the folders of this machine; which they are does not matter to a later call."""
+    tree = config.to_dict()
+    for section, key in (("run", "dir"), ("data", "shards")):
+        tree[section][key] = Path(tree[section][key]).name
+    return tree
 
 
 def _environment() -> dict[str, Any]:
