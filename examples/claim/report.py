@@ -140,7 +140,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def runs_table(experiment: Experiment) -> str:
     """What was run: a line an arm and seed."""
-    head = ("arm", "seed", "parameters", "updates", "tokens", "seconds", "tokens/s", "GPU", "torch", "commit")
+    head = ("arm", "seed", "parameters", "updates", "MFLOPs a token", "tokens", "seconds", "tokens/s", "GPU", "torch", "commit")
     return _table(head, (_run_row(record) for arm in experiment.present for record in experiment.of(arm)))
 
 
@@ -152,6 +152,7 @@ def _run_row(record: Record) -> list[str]:
         str(record["seed"]),
         f"{record['parameters'] / 1e6:.1f} M",
         f"{updates:,}",
+        f"{record['flops_per_token'] / 1e6:.0f}",
         f"{pretraining['tokens'] / 1e6:.1f} M",
         f"{pretraining['seconds']:.0f}",
         f"{pretraining['median_tokens_per_s']:,.0f}",
@@ -195,7 +196,7 @@ def _adapted_of(reading: str, share: float) -> Callable[[Record], float | None]:
 
 def gaps_table(experiment: Experiment) -> str:
     """Sparse minus dense, before and after adaptation."""
-    readings = ("D=16", "D=64", arms.WINDOWED, arms.SINKS)
+    readings = arms.READINGS[1:]
     head = ("loss minus dense loss, nats", *(f"{reading}{when}" for reading in readings for when in ("", ", adapted")))
     rows = (
         [
@@ -231,6 +232,24 @@ def ratios_table(experiment: Experiment) -> str:
 def _ratio_cell(experiment: Experiment, arm: str, of: Callable[[Record], float | None]) -> str:
     found = ratio(experiment, arm, of)
     return "-" if found is None else f"{found:.1f}"
+
+
+def seeds_table(experiment: Experiment) -> str:
+    """Every arm and seed alone: its gaps, and how many times larger they are than those of (a) of the same seed."""
+    ways = {
+        f"{reading}{when}": of(reading)
+        for reading in ("D=16", "D=64")
+        for when, of in (("", _gap_of), (", adapted", _adapted_gap_of))
+    }
+    head = ("arm", "seed", "dense", *(f"gap, {way}" for way in (*ways, arms.SINKS)), *(f"of (a), {way}" for way in ways))
+    rows = []
+    for arm in experiment.present:
+        for record in experiment.of(arm):
+            ours = Experiment(experiment.name, [other for other in experiment.records if other["seed"] == record["seed"]])
+            gaps = (_cell([record], of, "+") for of in (*ways.values(), _gap_of(arms.SINKS)))
+            folds = (_ratio_cell(ours, arm, of) for of in ways.values())
+            rows.append([arms.TITLES[arm], str(record["seed"]), _cell([record], _loss_of("dense")), *gaps, *folds])
+    return _table(head, rows)
 
 
 def ratio(experiment: Experiment, arm: str, of: Callable[[Record], float | None]) -> float | None:
@@ -343,20 +362,17 @@ def _anchor_row(
 
 
 def kinds_table(experiment: Experiment) -> str:
-    """By kind of held-out text: dense loss, and loss minus dense loss under D=16 and D=64."""
+    """By kind of held-out text: dense loss, and loss minus dense loss under sparse patterns; a line an arm and kind."""
     kinds = sorted({kind for record in experiment.records for kind in record.get("kinds", {})})
-    head = ("arm", *(f"{kind}, {what}" for kind in kinds for what in ("dense", "D=16", "D=64")))
-    rows = (
-        [arms.TITLES[arm], *(cell for kind in kinds for cell in _kind_cells(experiment.of(arm), kind))]
-        for arm in experiment.present
-        if any("kinds" in record for record in experiment.of(arm))
-    )
-    return _table(head, rows)
-
-
-def _kind_cells(records: Sequence[Record], kind: str) -> list[str]:
-    apart = [{"scores": record["kinds"][kind]} for record in records if kind in record.get("kinds", {})]
-    return [_cell(apart, _loss_of("dense")), *(_cell(apart, _gap_of(reading), "+") for reading in ("D=16", "D=64"))]
+    sparse = arms.KIND_READINGS[1:]
+    rows = []
+    for arm in experiment.present:
+        for kind in kinds:
+            apart = [{"scores": record["kinds"][kind]} for record in experiment.of(arm) if kind in record.get("kinds", {})]
+            if apart:
+                gaps = (_cell(apart, _gap_of(reading), "+") for reading in sparse)
+                rows.append([arms.TITLES[arm], kind, _cell(apart, _loss_of("dense")), *gaps])
+    return _table(("arm", "held-out text", "dense loss, nats", *(f"gap, {reading}" for reading in sparse)), rows)
 
 
 def topk_table(experiment: Experiment) -> str:
@@ -383,7 +399,7 @@ def needles_table(experiment: Experiment) -> str:
     for arm in experiment.present:
         for trained, reading in _needle_readings(experiment.of(arm)):
             cells = (_needle_cell(experiment.of(arm), trained, reading, task) for task in tasks)
-            rows.append([arms.TITLES[arm], trained, reading, *cells])
+            rows.append([arms.TITLES[arm], trained, _plain(reading), *cells])
     return _table(("arm", "fine-tuned under", "read under", *tasks), rows)
 
 
@@ -435,6 +451,9 @@ def _checks(experiment: Experiment) -> Iterator[tuple[str, str, str]]:
         for other in ("attention-pair", "attention", "attention-once"):
             fold = f"adapted to {reading}, the gap of {_letter(other)} at least 5 times that of (a)"
             yield _check(fold, adapted["ratplus"], adapted[other], lambda a, b: b >= 5 * a, "+")
+        for less, more in (("ratplus", "recurrence"), ("recurrence", "attention-pair"), ("recurrence", "attention")):
+            order = f"adapted to {reading}, gap of {_letter(less)} below that of {_letter(more)}"
+            yield _check(order, adapted[less], adapted[more], lambda a, b: a < b, "+")
     topk = {arm: _mean(experiment, arm, _topk_of(arms.TOPK[0])) for arm in ("ratplus", "attention-pair")}
     yield _check(
         "by 3 blocks of 64 keys, loss of (a) below that of (c)", topk["ratplus"], topk["attention-pair"], lambda a, b: a < b
@@ -497,12 +516,31 @@ def repeats_table(path: Path) -> str:
     return _table(("held-out text", "tokens", "could be copied from more than 64 tokens back", "from nearer"), rows)
 
 
+def rounding_table(folder: Path) -> str:
+    """The same weights read in fp32 and in bf16, by ``megarat eval``."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        [path] = folder.glob(f"read-{precision}-*.json")
+        rows = json.loads(path.read_text(encoding="utf-8"))["tasks"]["ppl"]
+        losses[precision] = {_plain(row["pattern"]): float(row["loss"]) for row in rows}
+    fp32, bf16 = losses["fp32"], losses["bf16"]
+    lines = [
+        [f"loss, {reading}", f"{fp32[reading]:.5f}", f"{bf16[reading]:.5f}", f"{bf16[reading] - fp32[reading]:+.5f}"]
+        for reading in fp32
+    ]
+    for reading in [reading for reading in fp32 if reading != "dense"]:
+        gaps = [loss[reading] - loss["dense"] for loss in (fp32, bf16)]
+        lines.append([f"gap, {reading}", *(f"{found:+.5f}" for found in gaps), f"{gaps[1] - gaps[0]:+.5f}"])
+    return _table(("nats", "read in fp32", "read in bf16", "difference"), lines)
+
+
 TABLES: dict[str, Callable[[Experiment], str]] = {
     "runs": runs_table,
     "losses": losses_table,
     "adapted": adapted_table,
     "gaps": gaps_table,
     "ratios": ratios_table,
+    "seeds": seeds_table,
     "adaptation": adaptation_table,
     "cache": cache_table,
     "memory": memory_table,
@@ -515,21 +553,24 @@ TABLES: dict[str, Callable[[Experiment], str]] = {
 
 
 def fill(text: str, folder: str | Path) -> str:
-    """The text with every table between its marks written anew: ``<!-- runs small -->`` (table, experiment), ``<!-- scaling -->`` and
-    ``<!-- repeats -->``. Raises ``UserError``."""
+    """The text with every table between its marks written anew: ``<!-- runs small -->`` (table, experiment), ``<!-- scaling -->``,
+    ``<!-- repeats -->`` and ``<!-- rounding -->``. Raises ``UserError``."""
     experiments = read_results(folder)
     by_name = {experiment.name: experiment for experiment in experiments}
+    alone: dict[str, Callable[[], str]] = {
+        "scaling": lambda: scaling_table(experiments),
+        "repeats": lambda: repeats_table(Path(folder) / "repeats.json"),
+        "rounding": lambda: rounding_table(Path(folder)),
+    }
 
     def made(match: re.Match[str]) -> str:
         table, name = match[1], match[2]
-        if table == "scaling" and not name:
-            content = scaling_table(experiments)
-        elif table == "repeats" and not name:
-            content = repeats_table(Path(folder) / "repeats.json")
+        if table in alone and not name:
+            content = alone[table]()
         elif table in TABLES and name in by_name:
             content = TABLES[table](by_name[name])
         else:
-            known = f"tables are {', '.join(TABLES)}, experiments {', '.join(by_name)}; scaling and repeats stand alone"
+            known = f"tables are {', '.join(TABLES)}, experiments {', '.join(by_name)}; {', '.join(alone)} stand alone"
             raise UserError(f"mark '{' '.join(filter(None, (table, name)))}': {known}")
         return f"<!-- {' '.join(filter(None, (table, name)))} -->\n{content}\n<!-- / -->"
 
@@ -537,6 +578,16 @@ def fill(text: str, folder: str | Path) -> str:
 
 
 # --- the figures --------------------------------------------------------------------------------------------------------------
+
+
+_COLORS = {
+    "ratplus": "C0",
+    "recurrence": "C1",
+    "attention-pair": "C2",
+    "attention": "C3",
+    "recurrence-once": "C1",
+    "attention-once": "C3",
+}
 
 
 def draw(experiment: Experiment, folder: Path) -> list[Path]:
@@ -555,26 +606,31 @@ def draw(experiment: Experiment, folder: Path) -> list[Path]:
 def _save(experiment: Experiment, make: Callable[[Experiment, Any], None], path: Path) -> Path:
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7.5, 4.6))
+    figure, axis = plt.subplots(figsize=(8, 5.6))
     make(experiment, axis)
     axis.grid(color="0.9", linewidth=0.8)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
 
 
+def _look(arm: str) -> dict[str, Any]:
+    """An arm's line; arms with one update a batch are dashed, in the color of their twin."""
+    return {"color": _COLORS[arm], "linestyle": "--" if arm.endswith("-once") else "-"}
+
+
 def _draw_losses(experiment: Experiment, axis: Any) -> None:
+    """The dense pass of every arm (one seed each), and the sparse pass where there is one."""
     shown = [experiment.shown(arm) for arm in experiment.present]
-    for color, record in enumerate(shown):
-        curve = record["pretraining"]["curve"]
+    for record in shown:
+        arm, curve = record["arm"], record["pretraining"]["curve"]
         tokens = [point["tokens"] / 1e6 for point in curve]
-        axis.plot(tokens, [point["loss_dense"] for point in curve], color=f"C{color}", label=arms.TITLES[record["arm"]])
+        dense, sparse = ([point[f"loss_{which}"] for point in curve] for which in ("dense", "sparse"))
+        axis.plot(tokens, dense, label=f"{arms.TITLES[arm]}; seed {record['seed']}", linewidth=1.2, **_look(arm))
         if record["config"]["attention"]["train_dilation"] == 64:
-            axis.plot(
-                tokens, [point["loss_sparse"] for point in curve], color=f"C{color}", linestyle=":", label="its sparse pass, D=64"
-            )
+            axis.plot(tokens, sparse, color=_COLORS[arm], linestyle=":", label=f"{_letter(arm)}, its sparse pass, D=64")
     curves = [record["pretraining"]["curve"] for record in shown]
     highest = max(curve[len(curve) // 10]["loss_dense"] for curve in curves)  # the fall of the first tenth is left out
     axis.set(xlabel="million tokens", ylabel="training loss, nats", ylim=(None, highest))
@@ -582,44 +638,65 @@ def _draw_losses(experiment: Experiment, axis: Any) -> None:
 
 def _draw_perplexity(experiment: Experiment, axis: Any) -> None:
     """Means of the seeds' losses; bars are half the seeds' range to both sides."""
-    readings = ("D=64", "D=16", "D=4", "dense")
-    for color, arm in enumerate(experiment.present):
-        title = arms.TITLES[arm]
-        for style, alpha, label, of in (("o-", 0.4, title, _loss_of), ("s--", 1.0, f"{title}, adapted", _adapted_by_4_percent)):
-            points = [
-                (size, found)
-                for reading in readings
-                if (size := cache_mib(experiment, arm, reading)) and (found := spread(experiment.of(arm), of(reading)))
-            ]
-            if len(points) > 1:
-                _draw_points(axis, points, style, color=f"C{color}", alpha=alpha, label=label)
+    dilated, windowed = ("D=64", "D=16", "D=4", "dense"), (arms.SINKS, arms.WINDOWED)
+    for arm in experiment.present:
+        before, after = (_points(experiment, arm, dilated, of) for of in (_loss_of, _adapted_by_4_percent))
+        if len(after) > 1:
+            _draw_points(axis, before, color=_COLORS[arm], alpha=0.35, linewidth=1)
+        _draw_points(axis, after if len(after) > 1 else before, marker="o", label=arms.TITLES[arm], **_look(arm))
+        _draw_points(
+            axis, _points(experiment, arm, windowed, _loss_of), marker="D", linestyle="", mfc="white", color=_COLORS[arm]
+        )
+    axis.plot([], [], color="0.4", alpha=0.5, linewidth=1, label="faint: before adaptation, where there was one")
+    axis.plot([], [], "D", color="0.4", mfc="white", label="window of 256: D=-1, D=16; not adapted")
     axis.set(
-        xlabel="KV cache of a sequence, MiB (D = 64, 16, 4, dense)", ylabel="held-out perplexity", xscale="log", yscale="log"
+        xlabel="KV cache of a sequence, MiB (lines: D = 64, 16, 4, dense)",
+        ylabel="held-out perplexity",
+        xscale="log",
+        yscale="log",
     )
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
+    _plain_numbers(axis.xaxis, axis.yaxis)
+
+
+def _plain_numbers(*scales: Any) -> None:
+    """On logarithmic scales, 20 and not 2 x 10^1, at 1, 2, 3, 5 times the powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for scale in scales:
+        scale.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        scale.set_major_formatter("{x:g}")
+        scale.set_minor_formatter(NullFormatter())
 
 
 def _adapted_by_4_percent(reading: str) -> Callable[[Record], float | None]:
     return _adapted_of(reading, arms.LONG)
 
 
-def _draw_points(axis: Any, points: Sequence[tuple[float, Spread]], style: str, **look: Any) -> None:
+def _points(
+    experiment: Experiment, arm: str, readings: Sequence[str], of: Callable[[str], Callable[[Record], float | None]]
+) -> list[tuple[float, Spread]]:
+    """Cache and loss of an arm under the readings that were measured."""
+    found = [(cache_mib(experiment, arm, reading), spread(experiment.of(arm), of(reading))) for reading in readings]
+    return [(size, losses) for size, losses in found if size and losses]
+
+
+def _draw_points(axis: Any, points: Sequence[tuple[float, Spread]], **look: Any) -> None:
     means = [math.exp(found.mean) for _, found in points]
     reach = [[mean - math.exp(f.mean - f.half_range) for mean, (_, f) in zip(means, points, strict=True)]]
     reach.append([math.exp(f.mean + f.half_range) - mean for mean, (_, f) in zip(means, points, strict=True)])
-    axis.errorbar([size for size, _ in points], means, yerr=reach, fmt=style, capsize=2, **look)
+    several = any(found.seeds > 1 for _, found in points)
+    axis.errorbar([size for size, _ in points], means, yerr=reach if several else None, capsize=2, markersize=5, **look)
 
 
 def _draw_memory(experiment: Experiment, axis: Any) -> None:
-    for color, arm in enumerate(arm for arm in experiment.present if "gates" in experiment.shown(arm)):
+    for arm in (arm for arm in experiment.present if "gates" in experiment.shown(arm)):
         layers = experiment.shown(arm)["gates"]
         numbers = range(1, len(layers) + 1)
-        for key, style, which in (("mean", "-", "mean"), ("q95", ":", "95th percentile")):
+        for key, style, which in (("mean", "-", "mean"), ("q95", ":", "95 % below")):
             memory = [layer["memory"][key] for layer in layers]
-            axis.plot(numbers, memory, style, color=f"C{color}", marker="o", label=f"{arms.TITLES[arm]}, {which} of channels")
-    axis.set(xlabel="layer", ylabel="effective memory, tokens", yscale="log")
+            axis.plot(numbers, memory, style, color=_COLORS[arm], marker="o", label=f"{arms.TITLES[arm]}: {which}")
+    axis.set(xlabel="layer", ylabel="effective memory of the channels, tokens", yscale="log")
+    _plain_numbers(axis.yaxis)
 
 
 def write(folder: str | Path, readme: str | Path) -> list[Path]:

@@ -283,6 +283,10 @@ def test_a_life_records_every_stage(record):
     assert 0 < layer["gate"]["q5"] < layer["gate"]["mean"] < layer["gate"]["q95"] < 1 < layer["memory"]["mean"]
 
 
+def test_a_record_names_no_folder_of_the_machine(toy, record):
+    assert record["config"]["run"]["dir"] == "ratplus-1005" and "/" not in record["config"]["data"]["shards"]
+
+
 def test_only_the_pretraining_stays_on_the_disk(record):
     runs = Path(record["config"]["run"]["dir"]).parent
     assert [path.name for path in runs.iterdir()] == ["ratplus-1005"]
@@ -413,7 +417,7 @@ def row_of(table: str, *start: str) -> list[str]:
 
 def test_gaps_are_differences_of_losses_and_seeds_are_averaged(two_arms):
     title = arms.TITLES["ratplus"]
-    assert row_of(report.gaps_table(two_arms), title)[:2] == ["+0.250 ± 0.050", "+0.150 ± 0.050"]
+    assert row_of(report.gaps_table(two_arms), title)[2:4] == ["+0.250 ± 0.050", "+0.150 ± 0.050"]
     assert row_of(report.losses_table(two_arms), title)[:4] == ["2", "3.050 ± 0.050", "-", "3.300 ± 0.100"]
     assert row_of(report.anchor_table(two_arms), title, "D=16") == ["+0.206", "+0.250 ± 0.050", "+0.044"]
     assert row_of(report.adapted_table(two_arms), title, "4 %")[2] == "3.200 ± 0.100"
@@ -428,6 +432,23 @@ def test_ratios_are_those_of_the_mean_gaps(two_arms):
     assert row_of(table, arms.TITLES["attention"])[:3] == ["6.0", "4.0", "4.0"]
     scaling = row_of(report.scaling_table([two_arms]), "toy")
     assert scaling[:3] == ["1.0 M", "2.0 M", "3.050 ± 0.050"] and scaling[-3:] == ["6.0", "4.0", "-"]
+
+
+def test_each_seed_is_compared_with_its_own(two_arms):
+    """(c) has seed 1 alone: 1.0 / 0.2 and, adapted, 0.9 / 0.1."""
+    table = report.seeds_table(two_arms)
+    assert row_of(table, arms.TITLES["ratplus"], "2")[:3] == ["3.100", "+0.300", "+0.200"]
+    cells = row_of(table, arms.TITLES["attention-pair"], "1")
+    assert cells[1:3] == ["+1.000", "+0.900"] and cells[-4:-2] == ["5.0", "9.0"]
+
+
+def test_the_same_weights_are_compared_in_two_precisions(tmp_path):
+    for precision, losses in (("fp32", (3.0, 3.2)), ("bf16", (3.001, 3.202))):
+        rows = [{"pattern": name, "loss": loss} for name, loss in zip(("dense", "D=16,W=0,I=0"), losses, strict=True)]
+        (tmp_path / f"read-{precision}-ratplus-1.json").write_text(json.dumps({"tasks": {"ppl": rows}}), encoding="utf-8")
+    table = report.rounding_table(tmp_path)
+    assert row_of(table, "loss, dense") == ["3.00000", "3.00100", "+0.00100"]
+    assert row_of(table, "gap, D=16") == ["+0.20000", "+0.20100", "+0.00100"]
 
 
 def test_what_must_be_seen_is_said_of_what_was_measured(two_arms):

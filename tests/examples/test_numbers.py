@@ -85,7 +85,7 @@ def test_losses_and_gaps(size):
         assert bool(seeds) == ((letter, "dense", 0) in shown) or not shown
         for reading in readings if seeds and shown else ():
             agree(shown[letter, reading, 0], [seed["before"][reading] for seed in seeds if reading in seed["before"]])
-        for reading in ("D=16", "D=64", "D=16,W=256,I=4", "D=-1,W=256,I=4") if seeds and gaps else ():
+        for reading in readings[1:] if seeds and gaps else ():
             for when, key in (("", "before"), (", adapted", 0.041)):
                 values = [seed[key][reading] - seed["before"]["dense"] for seed in seeds if reading in seed[key]]
                 agree(gaps[letter, reading + when, 0], values)
@@ -112,6 +112,27 @@ def test_ratios(size):
             }
             quotient = middle(gaps[arm]) / middle(gaps["ratplus"])
             assert math.isclose(float(shown[letter, f"{reading}, pretrained", 0]), quotient, abs_tol=0.051)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_seeds(size):
+    """The n-th line of an arm is its n-th file."""
+    shown = table("seeds", size)
+    for arm, letter in LETTERS.items():
+        for number, path in enumerate(sorted((HERE / "results" / size).glob(f"{arm}-[0-9]*.json"))):
+            seed = losses(size, arm)[number]
+            assert path.stem == f"{arm}-{shown[letter, 'seed', number]}"
+            for reading in ("D=16", "D=64"):
+                gap = seed["before"][reading] - seed["before"]["dense"]
+                agree(shown[letter, f"gap, {reading}", number], [gap])
+                agree(
+                    shown[letter, f"gap, {reading}, adapted", number],
+                    [seed[0.041][reading] - seed["before"]["dense"]] if reading in seed[0.041] else [],
+                )
+                ours = HERE / "results" / size / f"ratplus-{shown[letter, 'seed', number]}.json"
+                scores = {row["pattern"]: row["loss"] for row in json.loads(ours.read_text(encoding="utf-8"))["scores"]}
+                quotient = gap / (scores[f"{reading},W=0,I=0"] - scores["dense"])
+                assert math.isclose(float(shown[letter, f"of (a), {reading}", number]), quotient, abs_tol=0.051)
 
 
 def test_gaps_of_the_anchor_are_those_of_its_losses():
