@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from benchmarks.tables import between, latest, read
+from benchmarks.tables import between, latest, nearest, read
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 FOLDER = Path(__file__).parent
@@ -36,7 +36,7 @@ def header(rows: list[dict[str, str]]) -> list[str]:
 
 def size_lines(size: str, rows: list[dict[str, str]]) -> list[str]:
     """One row a run: speed beside one GPU's, memory beside the plan's, and how far its losses are from those of one GPU."""
-    rows = [row for row in rows if row["size"] == size]
+    rows = sorted((row for row in rows if row["size"] == size), key=lambda row: int(row["gpus"]))
     one = next((row for row in rows if row["run"] == "one"), None)
     if one is None:
         return []
@@ -78,7 +78,7 @@ def noise_lines(rows: list[dict[str, str]], one: dict[str, str]) -> list[str]:
         return []
     bound = [max(values) for values in zip(*rounded, strict=True)]
     outside = [
-        f"`{row['run']}`"
+        f"`{row['run']}` on {row['gpus']} GPUs"
         for row in rows
         if row["gpus"] != "1" and any(found > limit for found, limit in zip(distance(row, one), bound, strict=True))
     ]
@@ -87,10 +87,14 @@ def noise_lines(rows: list[dict[str, str]], one: dict[str, str]) -> list[str]:
 
 
 def scaling_lines(path: Path) -> list[str]:
-    """Several GPUs beside one at equal work a GPU, from runs of `benchmarks.train`."""
-    rows = latest(read(path), "implementation", "size", "length", "micro_batch", "accumulation", "settings", "data", "mesh")
-    alone = {_work(row): float(row["joint_tokens_s"]) for row in rows if row["gpus"] == "1"}
-    shared = [row for row in rows if row["gpus"] != "1" and _work(row) in alone]
+    """Several GPUs beside one at equal work a GPU, from runs of `benchmarks.train`, each pair of rows measured nearest in time."""
+    everything = read(path)
+    rows = latest(everything, "implementation", "size", "length", "micro_batch", "accumulation", "settings", "data", "mesh")
+    shared = [
+        (row, one) for row in rows
+        if row["gpus"] != "1"
+        and (one := nearest((r for r in everything if r["gpus"] == "1" and _work(r) == _work(row)), row)) is not None
+    ]  # fmt: skip
     if not shared:
         return []
     return [
@@ -102,9 +106,9 @@ def scaling_lines(path: Path) -> list[str]:
         *(
             _row(
                 row["size"], row["mesh"], f"{row['accumulation']} x {row['micro_batch']} x {row['length']}", row["joint_tokens_s"],
-                f"{float(row['joint_tokens_s']) / alone[_work(row)] / int(row['gpus']):.1%}",
+                f"{float(row['joint_tokens_s']) / float(one['joint_tokens_s']) / int(row['gpus']):.1%}",
             )
-            for row in shared
+            for row, one in shared
         ),
     ]  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 
 Row = dict[str, str]
@@ -30,6 +31,15 @@ def read(path: Path) -> list[Row]:
 def latest(rows: Iterable[Row], *keys: str) -> list[Row]:
     """The last row of each combination of keys, in order of first appearance."""
     return list({tuple(row[key] for key in keys): row for row in rows}.values())
+
+
+def nearest(rows: Iterable[Row], row: Row) -> Row | None:
+    """Of some rows the one that was measured nearest in time to a row, the later of two as near; None of none."""
+    return min(reversed(list(rows)), key=lambda other: abs(_time(other) - _time(row)), default=None)
+
+
+def _time(row: Row) -> datetime:
+    return datetime.strptime(row["time"], "%Y-%m-%dT%H:%MZ")
 
 
 def between(text: str, begin: str, end: str, content: str) -> str:

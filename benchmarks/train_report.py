@@ -1,7 +1,7 @@
 """The tables of docs/performance.md, from train.csv, levers.csv, profile.csv and losses.csv: `python -m benchmarks.train_report`.
 
 What stands between `<!-- name -->` and `<!-- end -->` is made anew; the text around it is written by hand. The last row of each setting
-counts.
+counts; what it is compared with is the row measured nearest to it in time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.tables import Row, between, latest, read
+from benchmarks.tables import Row, between, latest, nearest, read
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "performance.md"
@@ -31,54 +31,66 @@ def thousands(text: str) -> str:
 
 def scaling(row: Row, rows: list[Row]) -> str:
     """Of several GPUs, what part of as many times one GPU's rate they reach."""
-    alike = ("implementation", "size", "length", "micro_batch", "accumulation", "settings", "data")
-    alone = [one for one in rows if one["gpus"] == "1" and all(one[key] == row[key] for key in alike)]
-    if row["gpus"] == "1" or not alone:
+    alike = ("implementation", "size", "length", "micro_batch", "accumulation", "data")
+    alone = (
+        one
+        for one in rows
+        if one["gpus"] == "1" and _on_any_mesh(one) == _on_any_mesh(row) and all(one[key] == row[key] for key in alike)
+    )
+    if row["gpus"] == "1" or (one := nearest(alone, row)) is None:
         return ""
-    share = float(row["joint_tokens_s"]) / float(alone[-1]["joint_tokens_s"]) / int(row["gpus"])
+    share = float(row["joint_tokens_s"]) / float(one["joint_tokens_s"]) / int(row["gpus"])
     return f" ({100 * share:.1f} % of {row['gpus']} x one)"
+
+
+def _on_any_mesh(row: Row) -> list[str]:
+    axes = ("parallel.tensor=", "parallel.context=", "parallel.pipeline=")
+    return [setting for setting in row["settings"].split() if not setting.startswith(axes)]
 
 
 def speed() -> str:
     """Every setting once."""
+    everything = read(FOLDER / "train.csv")
     rows = sorted(
-        latest(read(FOLDER / "train.csv"), *SETTING),
+        latest(everything, *SETTING),
         key=lambda r: (r["size"], int(r["length"]), int(r["gpus"]), r["implementation"], r["settings"]),
     )
     lines = (
         (
             f"{row['implementation']} {row['size']}, T={row['length']}{'' if row['gpus'] == '1' else ', ' + row['gpus'] + ' GPUs: ' + row['mesh']}",
-            f"{row['micro_batch']} x {row['accumulation']}", row["settings"] or "defaults", thousands(row["sparse_tokens_s"]),
-            thousands(row["dense_tokens_s"]), f"**{thousands(row['joint_tokens_s'])}**{scaling(row, rows)}", f"{100 * float(row['mfu']):.1f} %", row["peak_gb"],
-            row["update_ms"] or "–", row["matmul_tflop_s"], row["commit"],
+            f"{row['micro_batch']} x {row['accumulation']}",
+            (row["settings"] or "defaults") + ("" if row["data"] == "resident" else f", {row['data']}"),
+            thousands(row["sparse_tokens_s"]), thousands(row["dense_tokens_s"]),
+            f"**{thousands(row['joint_tokens_s'])}**{scaling(row, everything)}", f"{100 * float(row['mfu']):.1f} %", row["peak_gb"],
+            row["update_ms"] or "–", row["copy_tb_s"], row["matmul_tflop_s"], row["commit"],
         )
         for row in rows
     )  # fmt: skip
-    head = "what | micro-batch | settings | sparse tokens/s | dense tokens/s | joint data-tokens/s | MFU | peak GB | update ms | matmul TFLOP/s | commit"
+    rates = "sparse tokens/s | dense tokens/s | joint data-tokens/s | MFU"
+    head = f"what | micro-batch | settings | {rates} | peak GB | update ms | copy TB/s | matmul TFLOP/s | commit"
     return table(head, lines)
 
 
 def levers() -> str:
     """Each setting beside the default of the same size, micro-batch and number of GPUs."""
-    rows = [row for row in latest(read(FOLDER / "train.csv"), *SETTING) if row["implementation"] == "megarat"]
+    everything = [row for row in read(FOLDER / "train.csv") if row["implementation"] == "megarat"]
     lines = []
-    for row in rows:
-        if not row["settings"]:
-            continue
+    for row in latest(everything, *SETTING):
         alike = ("size", "length", "micro_batch", "accumulation", "gpus", "data")
-        base = [r for r in rows if not r["settings"] and all(r[key] == row[key] for key in alike)]
-        if not base:
+        defaults = (r for r in everything if not r["settings"] and all(r[key] == row[key] for key in alike))
+        if not row["settings"] or (base := nearest(defaults, row)) is None:
             continue
-        change = float(row["joint_tokens_s"]) / float(base[-1]["joint_tokens_s"]) - 1
-        memory = float(row["peak_gb"]) - float(base[-1]["peak_gb"])
+        change = float(row["joint_tokens_s"]) / float(base["joint_tokens_s"]) - 1
+        memory = float(row["peak_gb"]) - float(base["peak_gb"])
         lines.append(
             (
                 f"`{row['settings']}`, {row['size']}, {row['micro_batch']} x {row['length']}",
                 f"{100 * change:+.1f} %",
                 f"{memory:+.1f} GB",
+                f"{base['commit']}, {row['commit']}",
             )
         )
-    return table("switch | joint tokens/s | peak memory", lines)
+    return table("switch | joint tokens/s | peak memory | commits", lines)
 
 
 def turns() -> str:
@@ -130,10 +142,11 @@ def profile() -> str:
 
 def losses() -> str:
     """The arms of each comparison."""
-    rows = latest(read(FOLDER / "losses.csv"), "gpu", "arm", "pairs", "layers", "hidden", "batch")
+    rows = latest(read(FOLDER / "losses.csv"), "gpu", "arm", "pairs", "schedule", "layers", "hidden", "batch")
     lines = (
         (
-            r["arm"], f"{r['gpu']}, {r['layers']} x {r['hidden']}, {r['batch']} x {r['length']}", r["pairs"], r["loss_sparse"], r["loss_dense"],
+            r["arm"], f"{r['gpu']}, {r['layers']} x {r['hidden']}, {r['batch']} x {r['length']}",
+            r["pairs"] if r["schedule"] == r["pairs"] else f"{r['pairs']} of {r['schedule']}", r["loss_sparse"], r["loss_dense"],
             r["mean_distance"], r["rms_distance"], r["largest_distance"], r["commit"] or "–",
         )
         for r in rows

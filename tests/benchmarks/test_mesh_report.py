@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.mesh import COLUMNS
-from benchmarks.mesh_report import BEGIN, END, distance, write
+from benchmarks.mesh_report import BEGIN, END, distance, scaling_lines, write
 from benchmarks.tables import append
 
 
@@ -60,3 +60,22 @@ def test_the_distance_is_that_of_both_passes_in_each_half(tmp_path):
         one, rounded, _, mesh, _ = csv.DictReader(file)
     assert distance(rounded, one) == pytest.approx((0.0, 0.1))
     assert distance(mesh, one) == pytest.approx((0.0, 0.01))
+
+
+def test_several_gpus_stand_beside_the_one_that_was_measured_nearest_in_time(tmp_path):
+    same = {
+        "implementation": "megarat",
+        "size": "tiny",
+        "length": 64,
+        "micro_batch": 1,
+        "accumulation": 2,
+        "settings": "",
+        "data": "resident",
+    }
+    speeds = [("01:00", 1, 100), ("02:00", 1, 200), ("02:25", 2, 390), ("03:00", 1, 400)]
+    rows = [
+        {**same, "time": f"2026-01-01T{time}Z", "gpus": gpus, "mesh": gpus, "joint_tokens_s": speed}
+        for time, gpus, speed in speeds
+    ]
+    append(rows, tmp_path / "train.csv", list(rows[0]))
+    assert scaling_lines(tmp_path / "train.csv")[-1] == "| tiny | 2 | 2 x 1 x 64 | 390 | 97.5% |"
