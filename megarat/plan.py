@@ -68,6 +68,11 @@ _WHOLE, _SPLIT_MIXER = 12, 20
 _ELEMENTWISE_BYTES, _ADD_BYTES, _UPDATE_BYTES, _WAIT_S = 215.0, 18.0, 34.0, 0.2e-3
 _SELECTIVE_BYTES = 40.0  # that parallel.recompute=selective adds to the first
 
+# Seconds in which the host can start one layer, forward and backward: the GPU waits for it where there is less to compute. Seen where steps of
+# less work took no less time, and varied most (benchmarks/mesh.csv, 1.5B: context 307 ms for 24 layers on two GPUs and 306 on four, ZeRO 3
+# 402; tensor ranks 188 and 226). Without these, the host was faster than any step that was timed.
+_HOST_TENSOR_S, _HOST_CONTEXT_S, _HOST_ZERO_3_S = 8.5e-3, 12.8e-3, 16.7e-3
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -136,9 +141,14 @@ class Plan:
         """Seconds of a pair on the links, by what travels."""
         return communication_seconds(self.config, self.shape, gpu)
 
+    def host_seconds(self, gpu: Gpu) -> float:
+        """Seconds of a pair that the GPUs wait for their hosts."""
+        busy = self.compute_seconds(gpu) + sum(self.communication_seconds(gpu).values())
+        return max(0.0, host_seconds(self.config, self.shape) - busy)
+
     def pair_seconds(self, gpu: Gpu) -> float:
         """A pair: both updates."""
-        return self.compute_seconds(gpu) + sum(self.communication_seconds(gpu).values())
+        return self.compute_seconds(gpu) + sum(self.communication_seconds(gpu).values()) + self.host_seconds(gpu)
 
     def tokens_per_second(self, gpu: Gpu) -> float:
         """Data tokens of all GPUs together."""
@@ -167,7 +177,10 @@ def memory(config: Config, shape: Shape) -> Memory:
     data = shape.data * shape.context  # ranks over which ZeRO splits its state
     zero, wide = config.parallel.zero, config.train.precision == "fp32"
     width = 4 if wide else 2
-    gradients = (4 if zero == 1 else 4 / data) * parameters  # in fp32: each of the model's own goes as soon as it is added
+    gradients = (
+        4 if zero == 1 else 4 / data
+    ) * parameters  # in fp32: each of the model's own goes as soon as it is added, but under pipelines
+    gradients += width * parameters * (shape.pipeline > 1)
     buckets = 0 if zero == 1 else min(parameters, _BUCKET) * width * 2
     return Memory(
         weights=width * parameters / (data if zero == 3 else 1),
@@ -260,6 +273,19 @@ def step_seconds(config: Config, shape: Shape, known: Rates) -> dict[str, float]
         "optimizer": _updates(config) * weights * _UPDATE_BYTES / (shape.data * shape.context) / known.copy,
         "launches": again * passes * micro_batches * _WAIT_S * -(-model.layers // shape.pipeline),
     }
+
+
+def host_seconds(config: Config, shape: Shape) -> float:
+    """Seconds in which a rank's host can start all that a pair launches; 0 where that has never been what a step waited for."""
+    micro_batches = sum(share for _, share in _passes(config)) * (
+        config.train.global_batch // (config.train.micro_batch * shape.data)
+    )
+    slowest = max(
+        _HOST_TENSOR_S * (shape.tensor > 1),
+        _HOST_CONTEXT_S * (shape.context > 1),
+        _HOST_ZERO_3_S * (config.parallel.zero == 3 and shape.data > 1),
+    )
+    return micro_batches * -(-config.model.layers // shape.pipeline) * slowest
 
 
 def communication_seconds(config: Config, shape: Shape, gpu: Gpu) -> dict[str, float]:
@@ -430,7 +456,10 @@ def _time_lines(plan: Plan, gpu: Gpu, tokens: float | None) -> list[str]:
     rate = plan.tokens_per_second(gpu)
     total = tokens or float(plan.config.train.pairs * plan.tokens_per_pair)
     work = plan.compute_parts(gpu)
-    parts = {**work, "waiting in the bubble": plan.compute_seconds(gpu) - sum(work.values()), **plan.communication_seconds(gpu)}
+    bubble = plan.compute_seconds(gpu) - sum(work.values())
+    parts = {
+        **work, "waiting in the bubble": bubble, **plan.communication_seconds(gpu), "waiting for the host": plan.host_seconds(gpu),
+    }  # fmt: skip
     rows = [f"  {name:<22} {seconds:8.3f} s" for name, seconds in parts.items() if seconds > 0]
     how = "rates" if plan.rates else f"arithmetic at {plan.efficiency:.0%} of the peak"
     return [

@@ -110,6 +110,10 @@ def test_states_of_one_parameter():
     assert (four.weights, four.gradients, four.masters, four.moments) == tuple(parameters * n for n in (2, 4, 1, 2))
     wide = plan.memory(published(train={"precision": "fp32"}), Shape())
     assert (wide.weights, wide.gradients, wide.masters, wide.moments) == tuple(parameters * n for n in (4, 4, 0, 8))
+    piped = plan.memory(
+        published(parallel={"pipeline": 2}), Shape(pipeline=2)
+    )  # where DeepSpeed keeps the bf16 gradients as well
+    assert piped.gradients == 6 * plan.stage_parameters(config.model, Shape(pipeline=2))
     third = plan.memory(published(parallel={"zero": 3}), Shape(data=4))
     assert third.weights == parameters / 2 and third.gradients == parameters
 
@@ -120,6 +124,24 @@ def test_recomputing_keeps_what_enters_each_layer_and_costs_a_third_more():
     assert anew.memory.activations == kept.memory.activations / 24 + 24 * (4 + 2) * 2048 * tokens
     for part in ("matrix products", "attention", "scan", "elementwise"):
         assert anew.compute_parts(anew.gpu)[part] == pytest.approx(kept.compute_parts(kept.gpu)[part] * 4 / 3)
+
+
+def test_the_gpu_waits_for_the_host_only_where_there_is_less_to_compute():
+    """16 micro-batches and passes of 24 layers take a host 4.9 s under context ranks, whatever their length."""
+    short, long = (
+        plan.make_plan(
+            published(train={"global_batch": 8, "micro_batch": 1}, data={"sequence_length": length}, parallel={"context": 2}),
+            2,
+        )
+        for length in (4096, 32768)
+    )
+    busy = short.compute_seconds(short.gpu) + sum(short.communication_seconds(short.gpu).values())
+    assert (
+        short.pair_seconds(short.gpu) == pytest.approx(16 * 24 * 12.8e-3) == pytest.approx(busy + short.host_seconds(short.gpu))
+    )
+    assert long.host_seconds(long.gpu) == 0
+    alone = plan.make_plan(published(train={"global_batch": 8, "micro_batch": 1}), 1)
+    assert alone.host_seconds(alone.gpu) == 0
 
 
 def test_stage_and_tensor_ranks_divide_the_parameters():
