@@ -2,7 +2,7 @@
 
 A selection of the GPU tests, with short shapes, that launches every kernel in its main forms. memcheck sees accesses outside of
 allocations (torch's caching, which would hide them, is off), racecheck hazards in shared memory, synccheck barriers that not all threads
-reach. The result is kept in benchmarks/sanitizer.md.
+reach. The verdicts, and each report once, go to benchmarks/sanitizer.md, above what is written there by hand.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from benchmarks.measure import ROOT, environment
 
 REPORT = Path(__file__).parent / "sanitizer.md"
+BY_HAND = "<!-- from here on by hand -->"
 TESTS = {
     "test_scan_kernels.py": (
         "::test_gated_scan_and_all_its_gradients_match_float64[(2, 13, 2, 16, True, True, True, 'mixed')-True-torch.bfloat16]",
@@ -68,6 +70,15 @@ def check(tool: str, tests: list[str], seconds: float) -> tuple[str, str]:
     return f"{tests_said}, {found[1] if found else 'no summary'}, {time.monotonic() - began:.0f} s", output
 
 
+def reports(output: str) -> list[str]:
+    """Each report of a tool once, with how often it came; the number of hazards in it left out."""
+    lines = [line.removeprefix("=========").strip() for line in output.splitlines() if line.startswith("=========")]
+    blocks = [block.splitlines() for block in "\n".join(lines).split("\n\n")]
+    said = [" ".join(re.sub(r" \[\d+ hazards?\]", "", line) for line in block) for block in blocks if block]
+    counts = Counter(line for line in said if line.startswith(("Error", "Warning", "Invalid", "Barrier")))
+    return [f"  - {number} times: {line}" for line, number in counts.items()]
+
+
 def _text(output: bytes | str | None) -> str:
     return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
@@ -80,9 +91,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if shutil.which("compute-sanitizer") is None:
         raise SystemExit("compute-sanitizer, a part of the CUDA toolkit, is not on the PATH")
+    by_hand = BY_HAND + (REPORT.read_text().partition(BY_HAND)[2].rstrip("\n") if REPORT.exists() else "")
     text = [
         "# The kernels under compute-sanitizer", "",
-        "Written by `python -m benchmarks.sanitize`; do not edit. Tests that were run:", "",
+        "Down to the mark written by `python -m benchmarks.sanitize`; do not edit. Tests that were run:", "",
         *(f"- `{test}`" for test in selection()), "",
         f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%MZ}, "
         + ", ".join(f"{key} {value}" for key, value in environment().items()) + ":", "",
@@ -90,8 +102,8 @@ def main() -> None:
     for tool in arguments.tools:
         verdict, output = check(tool, selection(), arguments.seconds)
         print(output[-3000:], f"{tool}: {verdict}", sep="\n", flush=True)
-        text.append(f"- {tool}: {verdict}")
-        arguments.report.write_text("\n".join(text) + "\n")
+        text += [f"- {tool}: {verdict}", *reports(output)]
+        arguments.report.write_text("\n".join([*text, "", by_hand]) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def test_decoding_step_by_step_equals_the_full_forward_for_rows_of_different_len
     """Two rows, the second of which starts some steps later. Slots never written hold NaN."""
     length, delay, heads, channels = (11, 3, 1, 16) if INTERPRETED else (30, 5, 2, 16)
     monkeypatch.setattr("megarat.ops.kernels.decode_attention.PROGRAMS", splits * 2 * heads)
-    monkeypatch.setattr("megarat.ops.kernels.decode_attention.TILES", ((1 << 30, (4, 4, 2)),))
+    monkeypatch.setattr("megarat.ops.kernels.decode_attention.TILES", ((1 << 30, (4, 2, 2)),))
     q, k, v, g, gate = torch.randn(2, length, 5, heads, channels, device=DEVICE).unbind(2)
     cos, sin = rotary_tables(torch.arange(length, device=DEVICE), channels)
     wide = [x.double() for x in (q, k, v, g, gate)]

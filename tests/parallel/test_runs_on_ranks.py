@@ -148,6 +148,62 @@ def test_weights_and_moments_arrive_bit_for_bit_on_every_mesh(shards, tmp_path, 
                     assert torch.equal(state[kind][name], tensor), (reader, kind, name)
 
 
+COLLECTIVES = (
+    "all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all", "all_to_all_single", "broadcast", "gather", "reduce",
+    "reduce_scatter", "reduce_scatter_tensor", "scatter", "send", "recv", "isend", "irecv",
+)  # fmt: skip
+
+
+def bytes_sent_while_loading(config: Config) -> dict[str, int]:
+    """Bytes handed to collectives of several ranks, while masters and moments are read and until all is in place."""
+    from megarat import mesh as meshes
+    from megarat.train import run as runs
+    from megarat.train.run_folder import open_run
+
+    sent = {"": 0}
+    phase = ""
+
+    def counted(call):
+        def told(*arguments, **named):
+            group = named.get("group")
+            if torch.distributed.get_world_size(group) > 1:
+                tensors = [x for x in (*arguments, *named.values()) if isinstance(x, torch.Tensor)]
+                sent[phase] = sent.get(phase, 0) + sum(x.nbytes for x in tensors)
+            return call(*arguments, **named)
+
+        return told
+
+    def within(name, call):
+        def told(*arguments, **named):
+            nonlocal phase
+            phase, before = name, phase
+            sent.setdefault(name, 0)
+            try:
+                return call(*arguments, **named)
+            finally:
+                phase = before
+
+        return told
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in COLLECTIVES:
+            patch.setattr(torch.distributed, name, counted(getattr(torch.distributed, name)))
+        patch.setattr(runs.Run, "load", within("load", runs.Run.load))
+        patch.setattr(checkpoints, "load_optimizer_into", within("read", checkpoints.load_optimizer_into))
+        runs.build(config, "pretrain", meshes.start("cpu", config), open_run(config, "pretrain"), None)
+    return sent
+
+
+@pytest.mark.parametrize("mesh", ["data 2, ZeRO 1", "tensor 2, ZeRO 2", "pipeline 2"])
+def test_the_same_mesh_reads_its_own_parts_and_sends_no_weights(shards, tmp_path, mesh):
+    """Ranks that ZeRO gives whole weights but a part of the masters gather the former at the end, as behind every step."""
+    size, parallel = MESHES[mesh]
+    worlds.run(size, train, run_config(tmp_path / "run", shards, 2, **parallel))
+    for sent in worlds.run(size, bytes_sent_while_loading, run_config(tmp_path / "run", shards, 4, **parallel)):
+        assert sent["read"] == 0
+        assert (sent["load"] > 0) == mesh.startswith("data")
+
+
 def test_the_format_has_no_trace_of_the_mesh(shards, tmp_path):
     shown = []
     for mesh in ("one, ZeRO 2", "data 2 x tensor 2, ZeRO 1"):
