@@ -1,9 +1,11 @@
 """The tables of docs/parallelism.md, from benchmarks/mesh.csv, links.csv and train.csv: `python -m benchmarks.mesh --report`.
 
-The last row of each (size, run, number of GPUs) counts. A run's distance is that of its losses (both passes of each pair) from those of the run `one`, as the
-median of the differences in the first half of the pairs and in the second (medians: whether a training stumbles at some pair is chance). A mesh
-is within the noise of bf16 when both are at most those of a run of one GPU whose initial weights were moved by less than bf16 resolves
-(`rounded`): nobody can tell those two trainings apart by what they computed with.
+The last row of each (size, run, number of GPUs) counts. The distance of two runs is that of their losses (both passes of each pair), as the
+median of the differences in the first half of the pairs and in the second (medians: whether a training stumbles at some pair is chance).
+
+Noise is told by several runs of one GPU, whose initial weights were moved by less than bf16 resolves (`rounded`): nobody can tell these trainings
+apart by what they computed with. A mesh is within it when it is as near to one of them as each of them is to another one: no further from its
+nearest than the loneliest of them from its own. (Only distances from `one` would call a mesh wrong where `one` itself is the odd one out.)
 """
 
 from __future__ import annotations
@@ -44,9 +46,11 @@ def size_lines(size: str, rows: list[dict[str, str]]) -> list[str]:
         "",
         f"{size.upper()}, bf16, pairs of 8 x 4096 tokens:",
         "",
-        "| run | GPUs | micro-batches | tokens/s | of GPUs x `one` | peak GB a GPU | planned | losses from `one`: first half, second half |",
-        "|---|---|---|---|---|---|---|---|",
+        "| run | GPUs | micro-batches | tokens/s | of GPUs x `one` | peak GB a GPU | planned | losses from `one`: first half, second half "
+        "| from the nearest run of one GPU |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    family = [one, *(row for row in rows if "rounded" in row["run"])]
     for row in rows:
         speed, gpus = float(row["tokens_s"]), int(row["gpus"])
         lines.append(
@@ -54,9 +58,10 @@ def size_lines(size: str, rows: list[dict[str, str]]) -> list[str]:
                 f"`{row['run']}`", gpus, f"{row['accumulation']} x {row['micro_batch']}", f"{speed:,.0f}",
                 f"{speed / float(one['tokens_s']) / gpus:.1%}", row["peak_gb"], row["planned_gb"],
                 "" if row is one else "{:.1e}, {:.1e}".format(*distance(row, one)),
+                "{:.1e}, {:.1e}".format(*nearest_distance(row, family)) if len(family) > 1 else "",
             )
         )  # fmt: skip
-    return lines + noise_lines(rows, one)
+    return lines + noise_lines(rows, family)
 
 
 def distance(row: dict[str, str], one: dict[str, str]) -> tuple[float, float]:
@@ -71,19 +76,28 @@ def distance(row: dict[str, str], one: dict[str, str]) -> tuple[float, float]:
     return first, second
 
 
-def noise_lines(rows: list[dict[str, str]], one: dict[str, str]) -> list[str]:
+def noise_lines(rows: list[dict[str, str]], family: list[dict[str, str]]) -> list[str]:
     """The verdict: every mesh within the noise of one GPU, or which are not."""
-    rounded = [distance(row, one) for row in rows if "rounded" in row["run"]]
-    if not rounded:
+    if len(family) == 1:
         return []
-    bound = [max(values) for values in zip(*rounded, strict=True)]
+    bound = [max(values) for values in zip(*(nearest_distance(row, family) for row in family), strict=True)]
     outside = [
         f"`{row['run']}` on {row['gpus']} GPUs"
         for row in rows
-        if row["gpus"] != "1" and any(found > limit for found, limit in zip(distance(row, one), bound, strict=True))
+        if row["gpus"] != "1" and any(found > limit for found, limit in zip(nearest_distance(row, family), bound, strict=True))
     ]
     verdict = f"outside of it: {', '.join(outside)}." if outside else "every mesh is within it."
-    return ["", f"The noise of bf16 on one GPU is {bound[0]:.1e} in the first half and {bound[1]:.1e} in the second; {verdict}"]
+    return [
+        "",
+        f"A run of one GPU is at most {bound[0]:.1e} from the nearest other one in the first half and {bound[1]:.1e} in the second: the noise of "
+        f"bf16; {verdict}",
+    ]
+
+
+def nearest_distance(row: dict[str, str], family: list[dict[str, str]]) -> tuple[float, float]:
+    """The distance from the nearest other run of a family, for each half by itself."""
+    first, second = (min(values) for values in zip(*(distance(row, other) for other in family if other is not row), strict=True))
+    return first, second
 
 
 def scaling_lines(path: Path) -> list[str]:

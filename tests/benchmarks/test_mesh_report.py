@@ -54,6 +54,23 @@ def test_a_mesh_whose_losses_drift_is_named(tmp_path):
     assert "outside of it: `zero1`" in report(tmp_path, "2.5 1.9")
 
 
+def test_a_mesh_may_be_near_any_run_of_one_gpu(tmp_path):
+    """`one` is the odd one out here, 0.49 from the nearer of its twins, which are 0.01 apart: a mesh beside a twin is within the noise."""
+    rows = [
+        row("one", 1, 100.0, "3.0 2.5", "2.5 2.0"),
+        row("one-rounded-1", 1, 100.0, "3.0 2.0", "2.5 1.5"),
+        row("one-rounded-2", 1, 100.0, "3.0 2.01", "2.5 1.51"),
+        row("zero1", 2, 100.0, "3.0 1.6", "2.5 1.1"),  # 0.9 from `one`, 0.4 from the nearest
+        row("zero2", 2, 100.0, "3.0 1.4", "2.5 0.9"),  # 0.6 from the nearest, further than `one` is
+    ]
+    append(rows, tmp_path / "mesh.csv", COLUMNS)
+    (tmp_path / "doc.md").write_text(f"{BEGIN}\n{END}\n")
+    write(tmp_path / "doc.md", tmp_path / "mesh.csv", tmp_path / "none.csv", tmp_path / "none.csv")
+    text = (tmp_path / "doc.md").read_text()
+    assert "4.9e-01 in the second" in text
+    assert "outside of it: `zero2` on 2 GPUs." in text
+
+
 def test_the_distance_is_that_of_both_passes_in_each_half(tmp_path):
     report(tmp_path, "2.5 1.51")
     with (tmp_path / "mesh.csv").open(newline="") as file:
