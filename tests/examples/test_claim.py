@@ -194,6 +194,13 @@ def toy(built, tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     return Path(corpus.__file__).with_name("small.yaml"), tuple(f"{key}={value}" for key, value in keys.items())
 
 
+@pytest.fixture
+def run_folder(toy) -> Path:
+    """Where the arm of the record was trained."""
+    (folder,) = (override.removeprefix("run.dir=") for override in toy[1] if override.startswith("run.dir="))
+    return Path(folder) / "ratplus-1005"
+
+
 def short_life(patch: pytest.MonkeyPatch) -> None:
     """One of each kind of stage."""
     patch.setattr(arms, "ADAPTATIONS", {"brief": (("D=16", arms.LONG),), "full": (("D=16", arms.LONG), ("D=16", 0.08))})
@@ -259,9 +266,8 @@ def test_results_of_another_config_or_none_at_all_are_refused(toy, begun, tmp_pa
         life.live(str(path), "ratplus", tmp_path, overrides)
 
 
-def test_scores_are_those_of_megarat_eval(record):
-    run = Path(record["config"]["run"]["dir"])
-    rows = evaluate(run, EvalSettings(patterns=("dense", "D=16"), micro_batch=16, progress=False))["tasks"]["ppl"]
+def test_scores_are_those_of_megarat_eval(record, run_folder):
+    rows = evaluate(run_folder, EvalSettings(patterns=("dense", "D=16"), micro_batch=16, progress=False))["tasks"]["ppl"]
     for mine, theirs in zip(record["scores"], rows, strict=True):
         assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
 
@@ -287,9 +293,8 @@ def test_a_record_names_no_folder_of_the_machine(toy, record):
     assert record["config"]["run"]["dir"] == "ratplus-1005" and "/" not in record["config"]["data"]["shards"]
 
 
-def test_only_the_pretraining_stays_on_the_disk(record):
-    runs = Path(record["config"]["run"]["dir"]).parent
-    assert [path.name for path in runs.iterdir()] == ["ratplus-1005"]
+def test_only_the_pretraining_stays_on_the_disk(record, run_folder):
+    assert [path.name for path in run_folder.parent.iterdir()] == [run_folder.name]
 
 
 def test_the_mean_age_is_that_of_the_weights_of_the_recurrence():
