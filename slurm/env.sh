@@ -11,6 +11,7 @@
 # An image. Apptainer is a command before the program; enroot (through pyxis) is an option of srun.
 # export MEGARAT_CONTAINER="apptainer exec --nv --bind $PWD /path/to/megarat.sif"
 # export MEGARAT_SRUN_OPTIONS="--container-image=/path/to/megarat.sqsh --container-mounts=$PWD:$PWD --container-workdir=$PWD"
+export ENROOT_FORCE_OVERRIDE=yes   # under pyxis a start replaces what a step that was killed has left on a node, and does not fail because of it
 
 # ---- processes ------------------------------------------------------------------------------------------------------------------
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}

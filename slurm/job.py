@@ -18,6 +18,9 @@ _NODE_SECONDS = 300  # for the part of the check that each node makes alone
 _CONTROLLER_SECONDS = 900  # that Slurm's controller may be away: it is being restarted, or moves to another host
 _AWAY = ("contact slurm controller", "timed out", "Zero Bytes", "onnection")  # what its clients say then
 _IMPORT_SECONDS = 240  # for torch, which every node of a large job reads at once from a shared file system
+_NOBODY = (
+    "the check came back from none of them: look above for why; are the image, MEGARAT_PYTHON and the options of srun right?"
+)
 
 
 class Job:
@@ -67,6 +70,8 @@ class Job:
         command = srun("--nodes", str(self.num_nodes), "--ntasks", str(self.num_nodes), "--ntasks-per-node=1")
         command += [*python(), str(ROOT / "slurm/health.py"), "--gpus", str(self.gpus)]
         reports = _reports(command, _NODE_SECONDS)
+        if not reports and self.num_nodes > 1:
+            return {"": _NOBODY}
         found = {str(report["node"]): "; ".join(report["faults"]) for report in reports}
         silent = {node: "the health check did not come back" for node in self._hosts() if node not in found}
         return {node: faults for node, faults in (found | silent).items() if faults}
@@ -80,6 +85,8 @@ class Job:
         if broken or (len(together) == self.ranks and not _by_node(together, "failed")):
             return broken
         attempts = _reports([*srun("--kill-on-bad-exit=0"), *command, "--find"], _IMPORT_SECONDS + 4 * seconds)
+        if not (together or attempts) and self.num_nodes > 1:
+            return {"": _NOBODY}
         return culprits(attempts, hosts) or {"": "an all-reduce over all ranks fails, though any two neighbours can do it"}
 
     def _hosts(self) -> list[str]:

@@ -106,6 +106,7 @@ SCENARIOS: dict[str, tuple[list[str], dict[str, str]]] = {
     "node lost": (["4 listen", "8 0"], {"options": "--partition=lost"}),
     "cancelled": (["4 listen", "8 0"], {}),
     "unhealthy": (["9 0", "9 0"], {"options": "--nodes=2", **CHECKED, "MEGARAT_HEALTH_COMMAND": 'test "$SLURMD_NODENAME" != n2'}),
+    "no image": (["9 0"], {"options": "--nodes=2", **CHECKED, "MEGARAT_CONTAINER": "false", "MEGARAT_RETRIES": "1"}),
     "cut off": (["9 0"], {"options": "--nodes=3 --partition=cut", "MEGARAT_HEALTH": "full", "MEGARAT_HEALTH_SECONDS": "30"}),
     "stalls": (["4 save", "4 save", "4 save", "9 0"], {}),
     "checkpoint gone": (["4 listen", "9 0"], {}),

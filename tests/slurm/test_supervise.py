@@ -101,6 +101,15 @@ def test_a_node_that_fails_its_health_check_is_left_out(cluster, jobs):
     assert "n2 is not healthy: 'test" in unhealthy.log
 
 
+def test_a_check_that_no_node_could_run_accuses_none(cluster, jobs):
+    """An image that is not there, say: leaving out all nodes would let the job wait for ever."""
+    run = jobs["no image"]
+    assert cluster.wait_for_state(run.job, "FAILED", "COMPLETED") == "FAILED"
+    assert run.endings == [("unhealthy", None)] * 2
+    assert "came back from none of them" in run.log and "--retries is 1: not requeued" in run.log
+    assert cluster.field(run.job, "ExcNodeList") == "(null)"
+
+
 def test_a_node_that_others_cannot_reach_is_found_and_left_out(cluster, jobs):
     """The job asks for all nodes of its partition, so it waits from then on."""
     cut = jobs["cut off"]
