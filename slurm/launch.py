@@ -3,8 +3,8 @@
 A job must run the code that was copied for it: not what has been installed since, and not what lies in the working folder, which
 ``python -m`` would take first.
 
-Under ``supervise.py`` a rank prints its stacks on SIGUSR2, and ends when whoever started it (Slurm's step daemon, as a rule) has died: nobody
-would end it then, and it would keep the run folder locked against the next start.
+Under ``supervise.py`` a rank prints its stacks on SIGUSR2, and ends when Slurm's step daemon above it has died (where it sees none, the process
+that started it): nobody would end it then, and it would keep the run folder locked against the next start.
 """
 
 from __future__ import annotations
@@ -18,15 +18,59 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 _LOOK_S = 2.0
 
 
-def end_with(parent: int) -> None:
-    """Watch, in a thread, whether ``parent`` is still this process's parent; end at once when it is not."""
+class Process(NamedTuple):
+    """What /proc says of a process."""
+
+    name: str
+    state: str
+    parent: int
+    began: str  # in ticks since the machine started: with its number, this names a process for good
+
+    @classmethod
+    def of(cls, number: int) -> Process | None:
+        """None where there is none, or none of this namespace."""
+        try:
+            head, _, rest = Path(f"/proc/{number}/stat").read_text().rpartition(") ")
+        except OSError:
+            return None
+        words = rest.split()
+        return cls(head.partition("(")[2], words[0], int(words[1]), words[19])
+
+
+def starter() -> int:
+    """The step daemon above this process, whatever stands between them (a container's runtime may), or else the parent."""
+    number = os.getppid()
+    while (process := Process.of(number)) is not None:
+        if process.name == "slurmstepd":
+            return number
+        number = process.parent
+    return os.getppid()
+
+
+def is_there(number: int, began: str | None) -> bool:
+    """Whether a process lives on: the parent, which /proc may hide, or one further up that began then."""
+    if began is None:
+        return os.getppid() == number
+    process = Process.of(number)
+    return process is not None and process.began == began and process.state not in "ZX"
+
+
+def end_with(number: int) -> None:
+    """Watch, in a thread, whether the process that is above this one is still there; end at once when it is not."""
+    began = None
+    if number != os.getppid():
+        if (process := Process.of(number)) is None:
+            number = os.getppid()
+        else:
+            began = process.began
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while is_there(number, began):
             time.sleep(_LOOK_S)
         with contextlib.suppress(OSError):  # who started this rank was the reader of what it writes
             os.write(2, b"megarat on Slurm: the process that started this rank has died; so does the rank\n")
@@ -38,7 +82,7 @@ def end_with(parent: int) -> None:
 if __name__ == "__main__":
     if "MEGARAT_START" in os.environ:
         faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)
-        end_with(os.getppid())
+        end_with(starter())
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
