@@ -315,8 +315,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         mesh = start(config.run.device, config)
         engine, _ = build_megarat(config, run, mesh)
     assert isinstance(engine, Engine)
-    record = engine.release_recordings()
-    turns = Turns(Bench(engine, config, record))
+    recorded, engine._recorded = engine._recorded, None
+    turns = Turns(Bench(engine, config, recorded and recorded.record))
     for name in options.only or LEVERS:
         row = {
             "time": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),

@@ -107,7 +107,7 @@ def train(name: str, data: Tensor, options: argparse.Namespace) -> tuple[list[tu
     for pair in range(options.pairs):
         ids_BT, labels_BT = batch_of(data, pair, options, mesh.device)
         micro_batch = (ids_BT.flip(0), labels_BT.flip(0)) if arm.reverse else (ids_BT, labels_BT)
-        lr = learning_rate(pair, options.schedule or options.pairs, config.optim)
+        lr = learning_rate(pair, options.schedule, config.optim)
         summed = config.train.recipe == "summed"
         result = train_pair(engine, [micro_batch], sparse_patterns(config, pair), config.patterns, lr, None, summed)
         losses.append(tuple(math.nan if update is None else update.loss for update in (result.sparse, result.dense)))
@@ -146,6 +146,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--results", type=Path, default=FOLDER / "losses.csv")
     parser.add_argument("--curves", type=Path, help="file for the loss of every pair and arm")
     options = parser.parse_args(arguments)
+    options.schedule = options.schedule or options.pairs
     data = corpus(20_000_000)
     rows, first = [], None
     for name in options.arms or ARMS:
@@ -155,7 +156,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             "time": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
             **(environment() if torch.cuda.is_available() else {"gpu": "cpu", "torch": torch.__version__, "commit": commit()}),
             "arm": name, "layers": options.layers, "hidden": options.hidden, "length": options.length, "batch": options.batch,
-            "pairs": options.pairs, "schedule": options.schedule or options.pairs, **compare(losses, first), "seconds": round(seconds, 1),
+            "pairs": options.pairs, "schedule": options.schedule, **compare(losses, first), "seconds": round(seconds, 1),
         }  # fmt: skip
         print(", ".join(f"{key} {row[key]}" for key in COLUMNS[6:]), flush=True)
         append([row], options.results, COLUMNS)

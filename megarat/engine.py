@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from megarat.config import Config, OptimConfig
-from megarat.cuda_graphs import Record, RecordedMicroBatches, Recorder
+from megarat.cuda_graphs import RecordedMicroBatches, Recorder
 from megarat.errors import UserError
 from megarat.mesh import ENDS, MODEL, REPLICAS, TENSOR, Mesh
 from megarat.model import names
@@ -232,11 +232,6 @@ class Engine:
                 f"train.cuda_graphs in {self.precision} on {self.mesh.device.type}: needs a GPU and bf16; set it to false"
             )
         return RecordedMicroBatches(self._model, self.micro_batches, Recorder(stream))
-
-    def release_recordings(self) -> Record | None:
-        """Launch kernels one by one from now on; what recorded them, None where nothing did."""
-        recorded, self._recorded = self._recorded, None
-        return None if recorded is None else recorded.record
 
     def _sum_in_products(self, how: str) -> None:
         """Let the layers' products add weight gradients to DeepSpeed's fp32 sums, which stay where they are for good."""

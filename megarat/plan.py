@@ -141,14 +141,13 @@ class Plan:
         """Seconds of a pair on the links, by what travels."""
         return communication_seconds(self.config, self.shape, gpu)
 
-    def host_seconds(self, gpu: Gpu) -> float:
-        """Seconds of a pair that the GPUs wait for their hosts."""
-        busy = self.compute_seconds(gpu) + sum(self.communication_seconds(gpu).values())
-        return max(0.0, host_seconds(self.config, self.shape) - busy)
+    def busy_seconds(self, gpu: Gpu) -> float:
+        """Seconds of a pair in which GPUs or links work, the bubble included."""
+        return self.compute_seconds(gpu) + sum(self.communication_seconds(gpu).values())
 
     def pair_seconds(self, gpu: Gpu) -> float:
-        """A pair: both updates."""
-        return self.compute_seconds(gpu) + sum(self.communication_seconds(gpu).values()) + self.host_seconds(gpu)
+        """A pair: both updates. It takes at least as long as a host needs to start it."""
+        return max(self.busy_seconds(gpu), host_seconds(self.config, self.shape))
 
     def tokens_per_second(self, gpu: Gpu) -> float:
         """Data tokens of all GPUs together."""
@@ -177,10 +176,8 @@ def memory(config: Config, shape: Shape) -> Memory:
     data = shape.data * shape.context  # ranks over which ZeRO splits its state
     zero, wide = config.parallel.zero, config.train.precision == "fp32"
     width = 4 if wide else 2
-    gradients = (
-        4 if zero == 1 else 4 / data
-    ) * parameters  # in fp32: each of the model's own goes as soon as it is added, but under pipelines
-    gradients += width * parameters * (shape.pipeline > 1)
+    # Sums in fp32; each of the model's own goes as soon as it is added, but under pipelines.
+    gradients = ((4 if zero == 1 else 4 / data) + width * (shape.pipeline > 1)) * parameters
     buckets = 0 if zero == 1 else min(parameters, _BUCKET) * width * 2
     return Memory(
         weights=width * parameters / (data if zero == 3 else 1),
@@ -253,7 +250,7 @@ def step_seconds(config: Config, shape: Shape, known: Rates) -> dict[str, float]
     passes = sum(share for _, share in seen)
     tokens = float(config.train.global_batch * length)
     share = tokens / shape.size  # of all the work on tokens
-    micro_batches = config.train.global_batch // (config.train.micro_batch * shape.data)
+    micro_batches = _micro_batches(config, shape)
     weights = stage_parameters(model, shape)
     matrices = passes * training_flops_per_token(model, (), length)  # no layer's pattern: without attention
     attention = sum(
@@ -269,31 +266,25 @@ def step_seconds(config: Config, shape: Shape, known: Rates) -> dict[str, float]
         "attention": again * share * attention,
         "scan": again * share * channels * known.scan_s * model.recurrence,
         "elementwise": again * share * channels * moved / known.copy,
-        "adding gradients": passes * micro_batches * weights * _ADD_BYTES / known.copy,
+        "adding gradients": micro_batches * weights * _ADD_BYTES / known.copy,
         "optimizer": _updates(config) * weights * _UPDATE_BYTES / (shape.data * shape.context) / known.copy,
-        "launches": again * passes * micro_batches * _WAIT_S * -(-model.layers // shape.pipeline),
+        "launches": again * micro_batches * _WAIT_S * -(-model.layers // shape.pipeline),
     }
 
 
 def host_seconds(config: Config, shape: Shape) -> float:
     """Seconds in which a rank's host can start all that a pair launches; 0 where that has never been what a step waited for."""
-    micro_batches = sum(share for _, share in _passes(config)) * (
-        config.train.global_batch // (config.train.micro_batch * shape.data)
-    )
     slowest = max(
         _HOST_TENSOR_S * (shape.tensor > 1),
         _HOST_CONTEXT_S * (shape.context > 1),
         _HOST_ZERO_3_S * (config.parallel.zero == 3 and shape.data > 1),
     )
-    return micro_batches * -(-config.model.layers // shape.pipeline) * slowest
+    return _micro_batches(config, shape) * -(-config.model.layers // shape.pipeline) * slowest
 
 
 def communication_seconds(config: Config, shape: Shape, gpu: Gpu) -> dict[str, float]:
     """Seconds of a pair by axis, each over the slowest link that its ranks span (tensor ranks are neighbours, then context, then data)."""
-    # Micro-batches of a pair, each counted for every pass that is made over it.
-    micro_batches = sum(share for _, share in _passes(config)) * (
-        config.train.global_batch // (config.train.micro_batch * shape.data)
-    )
+    micro_batches = _micro_batches(config, shape)
     width = 4.0 if config.train.precision == "fp32" else 2.0
     hidden = width * config.model.hidden * _tokens(config, shape)  # bytes of one (N, C)
     layers = -(-config.model.layers // shape.pipeline)
@@ -327,6 +318,11 @@ def _zero_bytes(config: Config, width: float, micro_batches: float) -> float:
     if config.parallel.zero == 2:
         return width * (micro_batches + _updates(config))
     return 3 * width * micro_batches
+
+
+def _micro_batches(config: Config, shape: Shape) -> float:
+    """Micro-batches of a pair on one data rank, each counted for every pass that is made over it."""
+    return sum(share for _, share in _passes(config)) * (config.train.global_batch // (config.train.micro_batch * shape.data))
 
 
 def _passes(config: Config) -> list[tuple[Patterns, float]]:
@@ -457,9 +453,8 @@ def _time_lines(plan: Plan, gpu: Gpu, tokens: float | None) -> list[str]:
     total = tokens or float(plan.config.train.pairs * plan.tokens_per_pair)
     work = plan.compute_parts(gpu)
     bubble = plan.compute_seconds(gpu) - sum(work.values())
-    parts = {
-        **work, "waiting in the bubble": bubble, **plan.communication_seconds(gpu), "waiting for the host": plan.host_seconds(gpu),
-    }  # fmt: skip
+    host = plan.pair_seconds(gpu) - plan.busy_seconds(gpu)
+    parts = {**work, "waiting in the bubble": bubble, **plan.communication_seconds(gpu), "waiting for the host": host}
     rows = [f"  {name:<22} {seconds:8.3f} s" for name, seconds in parts.items() if seconds > 0]
     how = "rates" if plan.rates else f"arithmetic at {plan.efficiency:.0%} of the peak"
     return [

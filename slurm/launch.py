@@ -42,32 +42,26 @@ class Process(NamedTuple):
         return cls(head.partition("(")[2], words[0], int(words[1]), words[19])
 
 
-def starter() -> int:
-    """The step daemon above this process, whatever stands between them (a container's runtime may), or else the parent."""
+def starter() -> tuple[int, str | None]:
+    """The step daemon above this process, whatever stands between them (a container's runtime may), and when it began; or else the parent."""
     number = os.getppid()
     while (process := Process.of(number)) is not None:
         if process.name == "slurmstepd":
-            return number
+            return number, process.began
         number = process.parent
-    return os.getppid()
+    return os.getppid(), None
 
 
 def is_there(number: int, began: str | None) -> bool:
-    """Whether a process lives on: the parent, which /proc may hide, or one further up that began then."""
+    """Whether the process that began then lives on; without that, which /proc may hide, whether it is still the parent."""
     if began is None:
         return os.getppid() == number
     process = Process.of(number)
     return process is not None and process.began == began and process.state not in "ZX"
 
 
-def end_with(number: int) -> None:
-    """Watch, in a thread, whether the process that is above this one is still there; end at once when it is not."""
-    began = None
-    if number != os.getppid():
-        if (process := Process.of(number)) is None:
-            number = os.getppid()
-        else:
-            began = process.began
+def end_with(number: int, began: str | None) -> None:
+    """Watch, in a thread, whether the process that started this one is still there; end at once when it is not."""
 
     def watch() -> None:
         while is_there(number, began):
@@ -82,7 +76,7 @@ def end_with(number: int) -> None:
 if __name__ == "__main__":
     if "MEGARAT_START" in os.environ:
         faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)
-        end_with(starter())
+        end_with(*starter())
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

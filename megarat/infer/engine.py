@@ -108,7 +108,6 @@ class _Batch:
     going: list[int]  # those of them that want another one
     greedy: bool
     steps: int
-    full: bool  # no row is free
 
 
 class Engine:
@@ -180,7 +179,7 @@ class Engine:
 
         Returns the generations that went on or ended.
         """
-        if self._batch is None or (self._waiting and not self._batch.full):
+        if self._batch is None or (self._waiting and len(self._batch.running) < len(self._rows)):
             self._batch = self._next()
         batch = self._batch
         if not batch.running:
@@ -217,7 +216,7 @@ class Engine:
         going = [(row, generation) for row, generation in running if left[row] > 0]
         greedy = all(generation.request.sampling.takes_the_likeliest for _, generation in going)
         steps = min((left[row] for row, _ in going), default=0)
-        return _Batch(running, [row for row, _ in going], greedy, steps, full=len(running) == len(self._rows))
+        return _Batch(running, [row for row, _ in going], greedy, steps)
 
     def _admit(self) -> None:
         """Read waiting prompts into free rows, each with its first token; not too many tokens at once, or those who decode would stall."""

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cluster import parent
 
 LAUNCH = Path(__file__).resolve().parents[2] / "slurm/launch.py"
 SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
@@ -19,10 +20,6 @@ SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 def below(command: str) -> str:
     """A shell's command that does not take the shell's place."""
     return f"{command}; true"
-
-
-def parent(number: int) -> int:
-    return int(Path(f"/proc/{number}/stat").read_text().rpartition(") ")[2].split()[1])
 
 
 @pytest.mark.parametrize("between", [False, True], ids=["started by the daemon", "started by an image's runtime"])
