@@ -35,7 +35,8 @@ READINGS = ("dense", "D=4", "D=16", "D=64", WINDOWED, SINKS)
 KIND_READINGS = ("dense", "D=16", "D=64", WINDOWED)  # of each kind of text
 TOPK = tuple(f"D=-1 + topk blocks={blocks},size=64,score=max" for blocks in (3, 4, 8))
 
-NEEDLE_READINGS = ("dense", "D=16", "D=64")  # each fine-tuned from the weights adapted to it
+# Each fine-tuned from the weights adapted to it; None: from the pretrained ones by pairs, read by top-k blocks. The most telling first.
+NEEDLE_READINGS = ("D=16", None, "D=64", "dense")
 NEEDLE_TASKS = "single_1,single_2,multikey_1,multikey_2"
 
 # Share of the pretraining's batches that an adaptation takes: a quarter of a percent, one percent, and the 48 of 1167 batches of the anchor.

@@ -174,7 +174,7 @@ def _stages(config: Config, extras: Extras) -> Iterator[Stage]:
         yield Stage("kinds", None, partial(_score_kinds, config, run, extras.kinds))
     yield from adaptations[headline:]
     if extras.needles is not None:
-        for reading in (*arms.NEEDLE_READINGS, None):
+        for reading in arms.NEEDLE_READINGS:
             yield Stage("needles", {"trained": reading or "pair"}, partial(tuned, config, reading, extras.needles))
 
 

@@ -205,7 +205,7 @@ def short_life(patch: pytest.MonkeyPatch) -> None:
     """One of each kind of stage."""
     patch.setattr(arms, "ADAPTATIONS", {"brief": (("D=16", arms.LONG),), "full": (("D=16", arms.LONG), ("D=16", 0.08))})
     patch.setattr(arms, "READINGS", ("dense", "D=16"))
-    patch.setattr(arms, "NEEDLE_READINGS", ("D=16",))
+    patch.setattr(arms, "NEEDLE_READINGS", ("D=16", None))
     patch.setattr(arms, "NEEDLE_TASKS", "multikey_2")
     patch.setattr(arms, "TOPK", ("D=-1 + topk blocks=3,size=16,score=max",))
     patch.setattr(arms, "KIND_READINGS", ("dense",))
