@@ -32,6 +32,7 @@ TITLES = {
 WINDOWED = "D=16,W=256,I=4"
 SINKS = "D=-1,W=256,I=4"
 READINGS = ("dense", "D=4", "D=16", "D=64", WINDOWED, SINKS)
+MILESTONE_READINGS = ("dense", "D=16", "D=64")  # of each checkpoint kept on the way
 KIND_READINGS = ("dense", "D=16", "D=64", WINDOWED)  # of each kind of text
 TOPK = tuple(f"D=-1 + topk blocks={blocks},size=64,score=max" for blocks in (3, 4, 8))
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from examples.claim import arms
 from megarat import config as configuration
+from megarat.checkpoint.load import load_state
 from megarat.config import Config
 from megarat.data.reader import TokenReader
 from megarat.data.store import join
@@ -166,6 +167,8 @@ def _stages(config: Config, extras: Extras) -> Iterator[Stage]:
         for pattern, share in arms.ADAPTATIONS[extras.adaptations]
     ]
     headline = len(arms.ADAPTATIONS["brief"])
+    if config.checkpoint.keep_every:
+        yield Stage("milestones", None, partial(milestones, config, run))
     yield from adaptations[:headline]
     if config.model.recurrence:
         yield Stage("gates", None, partial(gate_statistics, config, run))
@@ -238,6 +241,12 @@ def score(
     del model, items
     _free()
     return [row.to_dict() for row in rows]
+
+
+def milestones(config: Config, run: Path) -> list[dict[str, Any]]:
+    """Scores of the checkpoints kept on the way (``checkpoint.keep_every``), the last one among them."""
+    folders = sorted((run / "checkpoints").glob("pair_*"))
+    return [{"tokens": load_state(folder).tokens, "scores": score(config, folder, arms.MILESTONE_READINGS)} for folder in folders]
 
 
 def _load(run: Path, readings: Sequence[str]) -> tuple[LoadedModel, list[Reading]]:

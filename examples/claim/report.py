@@ -10,6 +10,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -368,8 +370,7 @@ def kinds_table(experiment: Experiment) -> str:
     rows = []
     for arm in experiment.present:
         for kind in kinds:
-            apart = [{"scores": record["kinds"][kind]} for record in experiment.of(arm) if kind in record.get("kinds", {})]
-            if apart:
+            if apart := _kinds_of(experiment, arm, kind):
                 gaps = (_cell(apart, _gap_of(reading), "+") for reading in sparse)
                 rows.append([arms.TITLES[arm], kind, _cell(apart, _loss_of("dense")), *gaps])
     return _table(("arm", "held-out text", "dense loss, nats", *(f"gap, {reading}" for reading in sparse)), rows)
@@ -393,14 +394,14 @@ def _blocks(reading: str) -> str:
 
 
 def needles_table(experiment: Experiment) -> str:
-    """Needles found, percent: a line an arm and reading, a column a task."""
+    """Needles found, percent (mean and half the range of several seeds): a line an arm and reading, a column a task."""
     tasks = arms.NEEDLE_TASKS.split(",")
     rows = []
     for arm in experiment.present:
         for trained, reading in _needle_readings(experiment.of(arm)):
             cells = (_needle_cell(experiment.of(arm), trained, reading, task) for task in tasks)
-            rows.append([arms.TITLES[arm], trained, _plain(reading), *cells])
-    return _table(("arm", "fine-tuned under", "read under", *tasks), rows)
+            rows.append([arms.TITLES[arm], trained, _short(reading), str(_tuned_seeds(experiment.of(arm), trained)), *cells])
+    return _table(("arm", "fine-tuned under", "read under", "seeds", *tasks), rows)
 
 
 def _needle_readings(records: Sequence[Record]) -> list[tuple[str, str]]:
@@ -413,15 +414,47 @@ def _needle_readings(records: Sequence[Record]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
+def _short(reading: str) -> str:
+    """``3 blocks of 64`` for a top-k reading of nothing else, the plain pattern for any other."""
+    return f"{_blocks(reading)} blocks of 64" if "blocks=" in reading else _plain(reading)
+
+
+def _tuned_seeds(records: Sequence[Record], trained: str) -> int:
+    return sum(tuning["trained"] == trained for record in records for tuning in record.get("needles", []))
+
+
+def _needles_of(reading: str, task: str, trained: str = "pair") -> Callable[[Record], float | None]:
+    """Share of the needles of a task found."""
+
+    def share(record: Record) -> float | None:
+        for tuning in record.get("needles", []):
+            for row in tuning["scores"]:
+                if (tuning["trained"], _plain(row["pattern"]), row["task"]) == (trained, _plain(reading), task):
+                    return float(row["ruler"])
+        return None
+
+    return share
+
+
 def _needle_cell(records: Sequence[Record], trained: str, reading: str, task: str) -> str:
-    values = [
-        100 * row["ruler"]
-        for record in records
-        for tuning in record.get("needles", [])
-        for row in tuning["scores"]
-        if (tuning["trained"], row["pattern"], row["task"]) == (trained, reading, task)
-    ]
-    return f"{sum(values) / len(values):.0f}" if values else "-"
+    share = _needles_of(reading, task, trained)
+    values = [100 * value for record in records if (value := share(record)) is not None]
+    if not values:
+        return "-"
+    found = Spread.of(values)
+    return f"{found.mean:.0f}" + (f" ± {found.half_range:.0f}" if found.seeds > 1 else "")
+
+
+def milestones_table(experiment: Experiment) -> str:
+    """Held-out dense loss and gaps of the checkpoints kept on the way: a line an arm and checkpoint."""
+    sparse = arms.MILESTONE_READINGS[1:]
+    rows = []
+    for arm in experiment.present:
+        for tokens in sorted({row["tokens"] for record in experiment.of(arm) for row in record.get("milestones", [])}):
+            reached = [row for record in experiment.of(arm) for row in record.get("milestones", []) if row["tokens"] == tokens]
+            gaps = (_cell(reached, _gap_of(reading), "+") for reading in sparse)
+            rows.append([arms.TITLES[arm], f"{tokens / 1e6:.1f} M", _cell(reached, _loss_of("dense")), *gaps])
+    return _table(("arm", "tokens trained on", "dense loss, nats", *(f"gap, {reading}" for reading in sparse)), rows)
 
 
 def checks_table(experiment: Experiment) -> str:
@@ -458,6 +491,14 @@ def _checks(experiment: Experiment) -> Iterator[tuple[str, str, str]]:
     yield _check(
         "by 3 blocks of 64 keys, loss of (a) below that of (c)", topk["ratplus"], topk["attention-pair"], lambda a, b: a < b
     )
+    for task in arms.NEEDLE_TASKS.split(","):
+        found = {arm: _mean(experiment, arm, _needles_of(arms.TOPK[0], task)) for arm in topk}
+        yield _check(
+            f"by 3 blocks of 64 keys, share of {task} found by (a) above that of (c)",
+            found["ratplus"],
+            found["attention-pair"],
+            lambda a, b: a > b,
+        )
 
 
 def _check(
@@ -478,32 +519,88 @@ def _letter(arm: str) -> str:
 
 
 def scaling_table(experiments: Sequence[Experiment]) -> str:
-    """Every size: gaps of (a), and how many times larger those of attention alone are."""
+    """Every size: dense losses, gaps of (a), and how many times larger those of attention alone are."""
+    rivals = ("attention-pair", "attention", "attention-once")
     head = (
         "experiment",
         "parameters of (a)",
         "tokens",
-        "dense (a)",
+        *(f"dense {_letter(arm)}" for arm in ("ratplus", *rivals[:2])),
+        "(a), D=16",
         *(f"gap of (a), {reading}{when}" for reading in ("D=16", "D=64") for when in ("", ", adapted")),
-        *(f"{_letter(arm)} / (a), D=16 adapted" for arm in ("attention-pair", "attention", "attention-once")),
+        *(f"{_letter(arm)} / (a), D=16 adapted" for arm in rivals),
     )
-    return _table(head, (_scaling_row(experiment) for experiment in sorted(experiments, key=_size) if experiment.of("ratplus")))
+    return _table(head, (_scaling_row(experiment, rivals) for experiment in _by_size(experiments)))
 
 
-def _size(experiment: Experiment) -> tuple[int, str]:
-    return max(record["parameters"] for record in experiment.records), experiment.name
+def _by_size(experiments: Sequence[Experiment]) -> list[Experiment]:
+    """Those that have (a), the fewest parameters first."""
+    return sorted((experiment for experiment in experiments if experiment.of("ratplus")), key=_size)
 
 
-def _scaling_row(experiment: Experiment) -> list[str]:
+def _size(experiment: Experiment) -> tuple[int, int, str]:
+    ours = experiment.of("ratplus")[0]
+    return ours["parameters"], ours["pretraining"]["tokens"], experiment.name
+
+
+def _scaling_row(experiment: Experiment, rivals: Sequence[str]) -> list[str]:
     records = experiment.of("ratplus")
     return [
         experiment.name,
         f"{records[0]['parameters'] / 1e6:.1f} M",
         f"{records[0]['pretraining']['tokens'] / 1e6:.1f} M",
-        _cell(records, _loss_of("dense")),
+        *(_cell(experiment.of(arm), _loss_of("dense")) for arm in ("ratplus", *rivals[:2])),
+        _cell(records, _loss_of("D=16")),
         *(_cell(records, of(reading), "+") for reading in ("D=16", "D=64") for of in (_gap_of, _adapted_gap_of)),
-        *(_ratio_cell(experiment, arm, _adapted_gap_of("D=16")) for arm in ("attention-pair", "attention", "attention-once")),
+        *(_ratio_cell(experiment, arm, _adapted_gap_of("D=16")) for arm in rivals),
     ]
+
+
+def sizes_table(experiments: Sequence[Experiment]) -> str:
+    """By kind of held-out text and size: dense loss of (a), its gap at D=16, and how far its dense loss is from that of (d)."""
+    sizes = [
+        experiment for experiment in _by_size(experiments) if experiment.of("attention") and _kinds_of(experiment, "ratplus")
+    ]
+    what = ("dense (a)", "gap of (a), D=16", "dense (a) - dense (d)")
+    kinds = sorted({kind for experiment in sizes for kind in experiment.of("ratplus")[-1]["kinds"]})
+    rows = ([kind, *(cell for one in sizes for cell in _size_cells(one, kind))] for kind in kinds)
+    return _table(("held-out text", *(f"{one.name}: {name}" for one in sizes for name in what)), rows)
+
+
+def _size_cells(experiment: Experiment, kind: str) -> list[str]:
+    ours, theirs = (_kinds_of(experiment, arm, kind) for arm in ("ratplus", "attention"))
+    dense, rival = (spread(records, _loss_of("dense")) for records in (ours, theirs))
+    apart = "-" if dense is None or rival is None else f"{dense.mean - rival.mean:+.3f}"
+    return [_cell(ours, _loss_of("dense")), _cell(ours, _gap_of("D=16"), "+"), apart]
+
+
+def _kinds_of(experiment: Experiment, arm: str, kind: str | None = None) -> list[Record]:
+    """The seeds that were read by kind of text; with a kind, their scores on it alone."""
+    records = [record for record in experiment.of(arm) if "kinds" in record]
+    return records if kind is None else [{"scores": record["kinds"][kind]} for record in records]
+
+
+_STRETCHES = 10
+
+
+def course_table(experiments: Sequence[Experiment]) -> str:
+    """The sparse pass's training loss minus that of the dense pass behind it, tenth by tenth of the training, of arms trained by pairs."""
+    head = ("experiment", "arm", "seed", *(f"{100 * (tenth + 1) // _STRETCHES} %" for tenth in range(_STRETCHES)))
+    rows = (
+        [one.name, _letter(arm), str(record["seed"]), *(f"{found:.3f}" for found in _course(record))]
+        for one in _by_size(experiments)
+        for arm in ("ratplus", "attention-pair")
+        for record in one.of(arm)
+    )
+    return _table(head, rows)
+
+
+def _course(record: Record) -> list[float]:
+    """Means over equal stretches of the loss curve."""
+    curve = record["pretraining"]["curve"]
+    apart = [point["loss_sparse"] - point["loss_dense"] for point in curve]
+    edges = [len(apart) * stretch // _STRETCHES for stretch in range(_STRETCHES + 1)]
+    return [sum(apart[first:end]) / (end - first) for first, end in pairwise(edges)]
 
 
 def repeats_table(path: Path) -> str:
@@ -548,17 +645,20 @@ TABLES: dict[str, Callable[[Experiment], str]] = {
     "kinds": kinds_table,
     "topk": topk_table,
     "needles": needles_table,
+    "milestones": milestones_table,
     "checks": checks_table,
 }
 
 
 def fill(text: str, folder: str | Path) -> str:
     """The text with every table between its marks written anew: ``<!-- runs small -->`` (table, experiment), ``<!-- scaling -->``,
-    ``<!-- repeats -->`` and ``<!-- rounding -->``. Raises ``UserError``."""
+    ``<!-- sizes -->``, ``<!-- course -->``, ``<!-- repeats -->`` and ``<!-- rounding -->``. Raises ``UserError``."""
     experiments = read_results(folder)
     by_name = {experiment.name: experiment for experiment in experiments}
     alone: dict[str, Callable[[], str]] = {
         "scaling": lambda: scaling_table(experiments),
+        "sizes": lambda: sizes_table(experiments),
+        "course": lambda: course_table(experiments),
         "repeats": lambda: repeats_table(Path(folder) / "repeats.json"),
         "rounding": lambda: rounding_table(Path(folder)),
     }
@@ -592,22 +692,22 @@ _COLORS = {
 
 def draw(experiment: Experiment, folder: Path) -> list[Path]:
     """Loss curves, perplexity against cache bytes, and effective memory by layer, as PNG files named after the experiment."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     figures = {"loss": _draw_losses, "perplexity": _draw_perplexity, "memory": _draw_memory}
     return [
-        _save(experiment, make, folder / f"{experiment.name}-{name}.png")
+        _save(partial(make, experiment), folder / f"{experiment.name}-{name}.png")
         for name, make in figures.items()
         if name != "memory" or any("gates" in record for record in experiment.records)
     ]
 
 
-def _save(experiment: Experiment, make: Callable[[Experiment, Any], None], path: Path) -> Path:
+def _save(make: Callable[[Any], None], path: Path) -> Path:
+    import matplotlib
+
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 5.6))
-    make(experiment, axis)
+    make(axis)
     axis.grid(color="0.9", linewidth=0.8)
     axis.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     figure.tight_layout()
@@ -634,6 +734,18 @@ def _draw_losses(experiment: Experiment, axis: Any) -> None:
     curves = [record["pretraining"]["curve"] for record in shown]
     highest = max(curve[len(curve) // 10]["loss_dense"] for curve in curves)  # the fall of the first tenth is left out
     axis.set(xlabel="million tokens", ylabel="training loss, nats", ylim=(None, highest))
+
+
+def _draw_course(experiments: Sequence[Experiment], axis: Any) -> None:
+    """How far apart the passes of (a) and (c) are as the training goes on: a line an experiment, its first seed."""
+    for number, one in enumerate(_by_size(experiments)):
+        for arm, style in (("ratplus", "-"), ("attention-pair", ":")):
+            for record in one.of(arm)[:1]:
+                course, tokens = _course(record), record["pretraining"]["tokens"] / 1e6
+                places = [tokens * (stretch + 0.5) / _STRETCHES for stretch in range(_STRETCHES)]
+                axis.plot(places, course, style, color=f"C{number}", marker="o", label=f"{one.name}, {_letter(arm)}")
+    axis.set(xlabel="million tokens", ylabel="training loss, sparse pass minus dense pass, nats", yscale="log")
+    _plain_numbers(axis.yaxis)
 
 
 def _draw_perplexity(experiment: Experiment, axis: Any) -> None:
@@ -706,4 +818,5 @@ def write(folder: str | Path, readme: str | Path) -> list[Path]:
     figures = readme.parent / "figures"
     figures.mkdir(exist_ok=True)
     readme.write_text(fill(readme.read_text(encoding="utf-8"), folder), encoding="utf-8")
-    return [readme, *(path for experiment in experiments for path in draw(experiment, figures))]
+    course = _save(partial(_draw_course, experiments), figures / "course.png")
+    return [readme, course, *(path for experiment in experiments for path in draw(experiment, figures))]

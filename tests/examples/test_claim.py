@@ -190,6 +190,8 @@ def toy(built, tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
         "train.global_batch": 2,
         "train.micro_batch": 2,
         "train.precision": "fp32",
+        "checkpoint.every": 10,
+        "checkpoint.keep_every": 10,
     }
     return Path(corpus.__file__).with_name("small.yaml"), tuple(f"{key}={value}" for key, value in keys.items())
 
@@ -205,6 +207,7 @@ def short_life(patch: pytest.MonkeyPatch) -> None:
     """One of each kind of stage."""
     patch.setattr(arms, "ADAPTATIONS", {"brief": (("D=16", arms.LONG),), "full": (("D=16", arms.LONG), ("D=16", 0.08))})
     patch.setattr(arms, "READINGS", ("dense", "D=16"))
+    patch.setattr(arms, "MILESTONE_READINGS", ("dense", "D=16"))
     patch.setattr(arms, "NEEDLE_READINGS", ("D=16", None))
     patch.setattr(arms, "NEEDLE_TASKS", "multikey_2")
     patch.setattr(arms, "TOPK", ("D=-1 + topk blocks=3,size=16,score=max",))
@@ -277,6 +280,10 @@ def test_a_life_records_every_stage(record):
     assert [point["tokens"] for point in record["pretraining"]["curve"]] == [256 * n for n in range(1, 26)]
     assert abs(record["pretraining"]["curve"][0]["loss_dense"] - math.log(400)) < 0.5
     assert [report._plain(row["pattern"]) for row in record["scores"]] == ["dense", "D=16"]
+    assert [row["tokens"] for row in record["milestones"]] == [10 * 256, 20 * 256, 25 * 256]
+    assert [[loss["loss"] for loss in row["scores"]] for row in record["milestones"]][-1] == [
+        row["loss"] for row in record["scores"]
+    ]
     assert {kind: rows[0]["tokens"] > 0 for kind, rows in record["kinds"].items()} == {"prose": True}
     assert [(row["pattern"], row["batches"], row["tokens"]) for row in record["adaptations"]] == [
         ("D=16", 1, 256),
@@ -456,6 +463,36 @@ def test_the_same_weights_are_compared_in_two_precisions(tmp_path):
     assert row_of(table, "gap, D=16") == ["+0.20000", "+0.20100", "+0.00100"]
 
 
+def test_the_passes_are_compared_stretch_by_stretch():
+    """A gap of 0.1 in the first tenth, 1.0 in the last."""
+    record = made_up("ratplus", 1, {"dense": 3.0}, {})
+    record["pretraining"] = {
+        "tokens": 20,
+        "curve": [{"loss_sparse": 3 + (n // 2 + 1) / 10, "loss_dense": 3.0} for n in range(20)],
+    }
+    [cells] = [
+        line.strip("| ").split(" | ") for line in report.course_table([report.Experiment("toy", [record])]).splitlines()[2:]
+    ]
+    assert cells == ["toy", "(a)", "1", *(f"{(tenth + 1) / 10:.3f}" for tenth in range(10))]
+
+
+def test_kinds_are_compared_size_by_size():
+    kinds = {"prose": [{"pattern": "dense", "loss": 4.0}, {"pattern": "D=16,W=0,I=0", "loss": 4.1}]}
+    better = {"prose": [{"pattern": "dense", "loss": 3.8}]}
+    ours, theirs = made_up("ratplus", 1, {"dense": 3.0}, {}), made_up("attention", 1, {"dense": 3.0}, {})
+    small = report.Experiment("small", [ours | {"kinds": kinds}, theirs | {"kinds": better}])
+    assert row_of(report.sizes_table([small]), "prose") == ["4.000", "+0.100", "+0.200"]
+
+
+def test_needles_of_several_seeds_are_a_mean_and_half_their_range():
+    records = []
+    for seed, found in ((1, 0.5), (2, 0.7)):
+        scores = [{"pattern": "D=16,W=0,I=0", "task": task, "ruler": found} for task in arms.NEEDLE_TASKS.split(",")]
+        records.append(made_up("ratplus", seed, {"dense": 3.0}, {}) | {"needles": [{"trained": "D=16", "scores": scores}]})
+    table = report.needles_table(report.Experiment("toy", records))
+    assert row_of(table, arms.TITLES["ratplus"], "D=16") == ["D=16", "2", *["60 ± 10"] * 4]
+
+
 def test_what_must_be_seen_is_said_of_what_was_measured(two_arms):
     table = report.checks_table(two_arms)
     assert row_of(table, "dense (a) not worse than dense (c)") == ["3.050, 3.200", "yes"]
@@ -477,7 +514,12 @@ def test_every_table_and_figure_can_be_made_of_a_life(record, tmp_path):
     readme.write_text("".join(f"<!-- {table} toy -->\nold\n<!-- / -->\n" for table in report.TABLES), encoding="utf-8")
     assert main(["report", str(tmp_path), "--readme", str(readme)]) == 0
     assert "old" not in readme.read_text(encoding="utf-8")
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"toy-loss.png", "toy-perplexity.png", "toy-memory.png"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "toy-loss.png",
+        "toy-perplexity.png",
+        "toy-memory.png",
+        "course.png",
+    }
 
 
 @pytest.mark.parametrize("mark", ["lossses toy", "losses tox", "scaling toy", "losses"])
