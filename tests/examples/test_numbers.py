@@ -135,6 +135,59 @@ def test_seeds(size):
                 assert math.isclose(float(shown[letter, f"of (a), {reading}", number]), quotient, abs_tol=0.051)
 
 
+def rows_of(name: str) -> list[list[str]]:
+    """Cells of a table that stands for all sizes, without its head."""
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- / -->", TEXT, re.DOTALL)
+    assert found is not None
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in found[1].strip().splitlines()[2:]]
+
+
+def record_of(size: str, arm: str, seed: str) -> dict:
+    return json.loads((HERE / "results" / size / f"{arm}-{seed}.json").read_text(encoding="utf-8"))
+
+
+def test_the_course_of_the_training():
+    arms = {letter: arm for arm, letter in LETTERS.items()}
+    rows = rows_of("course")
+    assert len(rows) == sum(
+        len(list((HERE / "results" / size).glob(f"{arm}-*"))) for size in SIZES for arm in (arms["(a)"], arms["(c)"])
+    )
+    for size, letter, seed, *tenths in rows:
+        curve = record_of(size, arms[letter], seed)["pretraining"]["curve"]
+        for tenth, cell in enumerate(tenths):
+            part = curve[tenth * len(curve) // 10 : (tenth + 1) * len(curve) // 10]
+            expected = middle([point["loss_sparse"] for point in part]) - middle([point["loss_dense"] for point in part])
+            assert math.isclose(float(cell), expected, abs_tol=0.00051)
+
+
+def test_sizes_are_those_of_their_experiments():
+    rows = rows_of("scaling")
+    assert sorted(row[0] for row in rows) == SIZES
+    for size, _, _, dense, of_c, of_d, *_ in rows:
+        for cell, arm in ((dense, "ratplus"), (of_c, "attention-pair"), (of_d, "attention")):
+            agree(cell, [seed["before"]["dense"] for seed in losses(size, arm)])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_needles(size):
+    """Found: the mean of the seeds that were tuned so, in percent."""
+    found = re.search(rf"<!-- needles {size} -->\n(.*?)<!-- / -->", TEXT, re.DOTALL)
+    for line in found[1].strip().splitlines()[2:] if found else ():
+        title, trained, read, seeds, *cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        [arm] = [arm for arm, letter in LETTERS.items() if title.startswith(letter)]
+        shares: dict[str, list[float]] = {}
+        for path in (HERE / "results" / size).glob(f"{arm}-[0-9]*.json"):
+            for tuning in json.loads(path.read_text(encoding="utf-8")).get("needles", []):
+                for row in tuning["scores"] if tuning["trained"] == trained else ():
+                    pattern = row["pattern"].replace(",W=0,I=0", "")
+                    blocks = re.search(r"blocks=(\d+)", pattern)
+                    if read == (f"{blocks[1]} blocks of 64" if blocks else pattern):
+                        shares.setdefault(row["task"], []).append(100 * row["ruler"])
+        assert {len(values) for values in shares.values()} == {int(seeds)}
+        for cell, task in zip(cells, ("single_1", "single_2", "multikey_1", "multikey_2"), strict=True):
+            agree(cell, shares[task], tolerance=0.501)
+
+
 def test_gaps_of_the_anchor_are_those_of_its_losses():
     """Losses of the published code as reported: dense, D=16, D=64."""
     reported = {"(a)": (3.255, 3.461, 3.500), "(c)": (3.600, 4.711, 4.867), "(d1)": (3.402, 6.233, 6.432)}
