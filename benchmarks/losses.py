@@ -3,8 +3,8 @@
 A model of 12 layers learns to predict the bytes of Python's own standard library (present wherever this runs), in pairs of updates as in
 pretraining. The first arm is the default; each other one changes what its name says. How far two equal runs lie apart is shown by the arm
 that sums the same gradients in another order, and by another seed of the initial weights. Rows go to benchmarks/losses.csv: mean losses of
-both passes over the last tenth of the pairs, the distance from the first arm, pair by pair over that stretch (mean and root mean square),
-and the time.
+both passes over the last tenth of the pairs, the distance from the first arm, pair by pair over that stretch (of the dense losses mean and root
+mean square, of the sparse ones the mean over the pairs that both arms made a sparse pass for), and the time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megarat.train.step import sparse_patterns, train_pair
 FOLDER = Path(__file__).parent
 COLUMNS = (
     "time", "gpu", "driver", "torch", "triton", "commit", "arm", "layers", "hidden", "length", "batch", "pairs", "loss_sparse",
-    "loss_dense", "mean_distance", "rms_distance", "largest_distance", "seconds", "schedule",
+    "loss_dense", "mean_distance", "rms_distance", "largest_distance", "seconds", "schedule", "sparse_distance",
 )  # fmt: skip
 BYTES = 256
 
@@ -116,17 +116,20 @@ def train(name: str, data: Tensor, options: argparse.Namespace) -> tuple[list[tu
 
 
 def compare(losses: list[tuple[float, float]], first: list[tuple[float, float]]) -> dict[str, float]:
-    """Mean losses over the last tenth, and the distance of the dense ones from another arm's there."""
+    """Mean losses over the last tenth, and their distances from another arm's there."""
     last = slice(-max(1, len(losses) // 10), None)
     sparse = [loss for loss, _ in losses[last] if not math.isnan(loss)]
     dense = [loss for _, loss in losses[last]]
     distances = [ours - theirs for ours, (_, theirs) in zip(dense, first[last], strict=True)]
+    of_sparse = [ours - theirs for (ours, _), (theirs, _) in zip(losses[last], first[last], strict=True)]
+    of_sparse = [distance for distance in of_sparse if not math.isnan(distance)]
     return {
         "loss_sparse": round(statistics.mean(sparse), 5) if sparse else math.nan,
         "loss_dense": round(statistics.mean(dense), 5),
         "mean_distance": round(statistics.mean(distances), 5),
         "rms_distance": round(math.sqrt(statistics.mean(d * d for d in distances)), 5),
         "largest_distance": round(max(abs(ours[1] - theirs[1]) for ours, theirs in zip(losses, first, strict=True)), 5),
+        "sparse_distance": round(statistics.mean(of_sparse), 5) if of_sparse else math.nan,
     }
 
 

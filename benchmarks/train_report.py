@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.losses import ARMS
 from benchmarks.tables import Row, between, latest, nearest, read
 
 FOLDER = Path(__file__).parent
@@ -69,6 +70,21 @@ def speed() -> str:
     rates = "sparse tokens/s | dense tokens/s | joint data-tokens/s | MFU"
     head = f"what | micro-batch | settings | {rates} | peak GB | update ms | copy TB/s | matmul TFLOP/s | commit"
     return table(head, lines)
+
+
+def phases() -> str:
+    """Milliseconds of a pair by pass and direction, of each setting."""
+    names = ("sparse_forward", "sparse_backward", "dense_forward", "dense_backward", "update", "data")
+    lines = (
+        (
+            f"{row['implementation']} {row['size']}, T={row['length']}, {row['micro_batch']} x {row['accumulation']}, {row['gpus']} GPU(s)",
+            row["settings"] or "defaults", *(f"{float(row[name + '_ms']):.1f}" if row[name + "_ms"] else "–" for name in names),
+            row["pair_ms"], row["commit"],
+        )
+        for row in latest(read(FOLDER / "train.csv"), *SETTING)
+    )  # fmt: skip
+    heads = " | ".join(name.replace("_", " ") for name in names).replace("update", "each update")
+    return table(f"run | settings | {heads} | pair | commit", lines)
 
 
 def levers() -> str:
@@ -140,21 +156,47 @@ def profile() -> str:
     return table("run | ms | " + " | ".join(classes), lines)
 
 
+def _measured_losses() -> list[Row]:
+    """The last row of each arm at each commit: distances are from the first arm of the same call, which stays beside them."""
+    return latest(read(FOLDER / "losses.csv"), "gpu", "commit", "arm", "pairs", "schedule", "layers", "hidden", "batch")
+
+
 def losses() -> str:
     """The arms of each comparison."""
-    rows = latest(read(FOLDER / "losses.csv"), "gpu", "arm", "pairs", "schedule", "layers", "hidden", "batch")
     lines = (
         (
             r["arm"], f"{r['gpu']}, {r['layers']} x {r['hidden']}, {r['batch']} x {r['length']}",
             r["pairs"] if r["schedule"] == r["pairs"] else f"{r['pairs']} of {r['schedule']}", r["loss_sparse"], r["loss_dense"],
-            r["mean_distance"], r["rms_distance"], r["largest_distance"], r["commit"] or "–",
+            r["mean_distance"], r["rms_distance"], r["largest_distance"], r["sparse_distance"] or "–", r["commit"] or "–",
         )
-        for r in rows
+        for r in _measured_losses()
     )  # fmt: skip
-    return table(
-        "arm | on, layers x width, batch | pairs | sparse loss | dense loss | mean distance | rms distance | largest, any pair | commit",
-        lines,
-    )
+    columns = "arm | on, layers x width, batch | pairs | sparse loss | dense loss"
+    distances = "mean distance | rms distance | largest, any pair | mean distance, sparse"
+    return table(f"{columns} | {distances} | commit", lines)
+
+
+def variants() -> str:
+    """What changes the recipe, by speed and loss; below it arms of the exact recipe, for how far two of its runs lie apart."""
+    speeds = {row["lever"]: f"{100 * float(row['change']):+.1f} %" for row in read(FOLDER / "levers.csv") if row["change"]}
+    of_recipe, exact = [], []
+    for row in _measured_losses():
+        if row["gpu"] == "cpu" or row["schedule"] != row["pairs"]:
+            continue
+        settings = ARMS[row["arm"]].settings.get("train", {})
+        changes = [f"train.{key}={value}" for key, value in settings.items() if key in ("recipe", "sparse_every")]
+        each = 1.0 if "recipe" in settings else 1 + 1 / settings.get("sparse_every", 1)
+        name = f"{row['arm']}, `{changes[0]}`" if changes else f"exact recipe, {row['arm']}"
+        line = (
+            name, f"{each * int(row['pairs']):.0f}", speeds.get(changes[0], "not timed") if changes else "–", row["loss_dense"],
+            row["mean_distance"], row["sparse_distance"], row["commit"],
+        )  # fmt: skip
+        if changes:
+            of_recipe.append(line)
+        elif row["arm"] in ("default", "rows in another order", "another seed"):
+            exact.append(line)
+    distances = "dense, from its default | sparse, from its default"
+    return table(f"run | updates | tokens/s | dense loss | {distances} | commit", of_recipe + exact)
 
 
 def machines() -> str:
@@ -175,6 +217,8 @@ def main() -> None:
         ("start", start),
         ("profile", profile),
         ("losses", losses),
+        ("variants", variants),
+        ("phases", phases),
         ("machines", machines),
     ):
         text = between(text, f"<!-- {name} -->", "<!-- end -->", make())

@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 import torch
 
-from benchmarks import levers, losses, train_report
+from benchmarks import levers, losses, tables, train_report
 from benchmarks.phases import Stopwatch
 from benchmarks.plain import PlainTrainer
 from benchmarks.profile import Kernel, kernel_class, summary
@@ -80,6 +80,30 @@ def test_losses_of_arms_are_compared_pair_by_pair(mesh, tmp_path):
     assert first["rms_distance"] == 0 and again["rms_distance"] == 0  # on a CPU all operations are the reference ones
     assert seed["rms_distance"] > 0 and seed["largest_distance"] >= seed["rms_distance"]
     assert len(list(csv.DictReader(results.open()))) == 3
+
+
+def test_sparse_losses_are_compared_on_the_pairs_that_both_arms_made_a_sparse_pass_for():
+    """Means over other pairs than the first arm's would differ by what these pairs are."""
+    first = [(float(pair), 1.0) for pair in range(40)]
+    every_other = [(sparse + 0.5 if pair % 2 == 0 else float("nan"), 1.25) for pair, (sparse, _) in enumerate(first)]
+    row = losses.compare(every_other, first)
+    assert row["loss_sparse"] == 37.5 and row["sparse_distance"] == 0.5
+    assert row["mean_distance"] == row["rms_distance"] == row["largest_distance"] == 0.25
+
+
+def test_a_later_call_leaves_earlier_arms_the_default_that_they_are_compared_with(monkeypatch, tmp_path):
+    def row(commit, arm, loss):
+        figures = {"gpu": "H200", "commit": commit, "arm": arm, "pairs": 4, "schedule": 4, "loss_dense": loss}
+        return dict.fromkeys(losses.COLUMNS, "") | figures
+
+    rows = [row("a", "default", 1.0), row("a", "fp8", 1.1), row("b", "default", 2.0), row("b", "one summed update", 2.1)]
+    tables.append(rows, tmp_path / "losses.csv", losses.COLUMNS)
+    monkeypatch.setattr(train_report, "FOLDER", tmp_path)
+    shown = train_report.losses().splitlines()[2:]
+    assert [line.split(" | ")[4] for line in shown] == ["1.0", "1.1", "2.0", "2.1"]
+    summed, *exact = train_report.variants().splitlines()[2:]
+    assert "`train.recipe=summed` | 4 | not timed | 2.1" in summed  # of 4 pairs 4 updates, not 8
+    assert [line.split(" | ")[1] for line in exact] == ["8", "8"]
 
 
 def test_the_page_shows_the_last_figures(monkeypatch, tmp_path):
