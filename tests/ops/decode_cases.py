@@ -8,22 +8,32 @@ import torch
 from megarat.ops import ScanState, apply_rotary, cache_slots, decode_step, rotary_tables
 from megarat.ops.dilated_attention import dilated_attention_ref
 from megarat.ops.gated_scan import gated_scan_ref
-from tests.ops.oracle import DEVICE, INTERPRETED, poisoned_memory, relative_error  # noqa: F401
+from tests.ops.oracle import DEVICE, DTYPES, INTERPRETED, poisoned_memory, relative_error  # noqa: F401
 
 # far keys alone; all three kinds, of which each shows and hides in 11 steps; no far keys; more initial tokens than a dilation; all keys; none
 DECODE_PATTERNS = [(4, 0, 0), (3, 4, 2), (-1, 5, 2), (2, 3, 5), (1, 0, 0), (64, 0, 0)]
 LONGER_PATTERNS = [] if INTERPRETED else [(5, 7, 3), (3, 4, 9), (-1, 6, 2)]
 SPLIT_PATTERNS = [(3, 4, 2), (1, 0, 0)] if INTERPRETED else DECODE_PATTERNS + LONGER_PATTERNS
-DECODES = [(p, 1) for p in DECODE_PATTERNS + LONGER_PATTERNS] + [(p, 3) for p in SPLIT_PATTERNS]
+SMALL_TILE = ((1 << 30, (4, 2, 2)),)  # several tiles even of few slots
+DECODES = [
+    (p, splits, 16, torch.float32) for splits, ps in ((1, DECODE_PATTERNS + LONGER_PATTERNS), (3, SPLIT_PATTERNS)) for p in ps
+]
+# Heads of models, by the tiles that are used for them.
+HEADS = [((3, 4, 2), splits, channels, dtype) for splits, channels in ((1, 64), (3, 128)) for dtype in DTYPES]
+# fp32: the state's sums over all steps; bf16: one rounding of what the cache holds and one of the output
+DECODE_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3}
 
 
-@pytest.mark.parametrize(("pattern", "splits"), DECODES, ids=str)
-def test_decoding_step_by_step_equals_the_full_forward_for_rows_of_different_lengths(pattern, splits, monkeypatch):
+@pytest.mark.parametrize(("pattern", "splits", "channels", "dtype"), DECODES + HEADS, ids=str)
+def test_decoding_step_by_step_equals_the_full_forward_for_rows_of_different_lengths(
+    pattern, splits, channels, dtype, monkeypatch
+):
     """Two rows, the second of which starts some steps later. Slots never written hold NaN."""
-    length, delay, heads, channels = (11, 3, 1, 16) if INTERPRETED else (30, 5, 2, 16)
+    length, delay, heads = (11, 3, 1) if INTERPRETED else (30, 5, 2)
     monkeypatch.setattr("megarat.ops.kernels.decode_attention.PROGRAMS", splits * 2 * heads)
-    monkeypatch.setattr("megarat.ops.kernels.decode_attention.TILES", ((1 << 30, (4, 2, 2)),))
-    q, k, v, g, gate = torch.randn(2, length, 5, heads, channels, device=DEVICE).unbind(2)
+    if channels == 16:
+        monkeypatch.setattr("megarat.ops.kernels.decode_attention.TILES", SMALL_TILE)
+    q, k, v, g, gate = torch.randn(2, length, 5, heads, channels, device=DEVICE, dtype=dtype).unbind(2)
     cos, sin = rotary_tables(torch.arange(length, device=DEVICE), channels)
     wide = [x.double() for x in (q, k, v, g, gate)]
     k_all, v_all, _ = gated_scan_ref(*wide[1:4], cos.double(), sin.double())
@@ -31,7 +41,7 @@ def test_decoding_step_by_step_equals_the_full_forward_for_rows_of_different_len
     expected = dilated_attention_ref(q_all, k_all, v_all, pattern)[0] * torch.sigmoid(wide[4])
 
     slots = cache_slots(pattern, length)
-    caches = torch.full((2, 2, heads, slots, channels), float("nan"), device=DEVICE)
+    caches = torch.full((2, 2, heads, slots, channels), float("nan"), device=DEVICE, dtype=dtype)
     state = ScanState(*torch.zeros(2, 2, heads, channels, device=DEVICE))
     rows = torch.arange(2, device=DEVICE)
     lengths, late = torch.zeros(2, dtype=torch.int64, device=DEVICE), torch.tensor([0, delay], device=DEVICE)
@@ -50,4 +60,4 @@ def test_decoding_step_by_step_equals_the_full_forward_for_rows_of_different_len
         active = (step - late >= 0) & (step - late < length)
         found[rows[active], now[active]] = out[active].double()
         lengths += 1
-    assert relative_error(found, expected) < 5e-6
+    assert relative_error(found, expected) < DECODE_TOLERANCE[dtype]
