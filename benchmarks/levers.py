@@ -243,6 +243,7 @@ LEVERS = {
     "MEGARAT_OPS=reference:output_gate": Lever(plain_form("output_gate")),
     "MEGARAT_OPS=reference:rms_norm": Lever(plain_form("rms_norm")),
     "train.recipe=summed": Lever(training(recipe="summed")),
+    "train.sparse_every=2": Lever(training(sparse_every=2)),
     "train.sparse_every=4": Lever(training(sparse_every=4)),
     "train.micro_batch=8": Lever(micro_batch(8)),
     SMALL: Lever(micro_batch(2)),

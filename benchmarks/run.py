@@ -22,7 +22,7 @@ from benchmarks.tables import append
 FOLDER = Path(__file__).parent
 COLUMNS = (
     "time", "gpu", "driver", "torch", "triton", "commit", "copy_tb_s", "matmul_tflop_s", "op", "shape", "implementation", "median_ms",
-    "spread_ms", "floor_ms", "accept_ms", "aim_ms", "flop", "bytes", "extra_gb", "error_over_tolerance",
+    "spread_ms", "floor_ms", "ratio", "accept_ms", "aim_ms", "flop", "bytes", "extra_gb", "error_over_tolerance",
 )  # fmt: skip
 
 
@@ -41,10 +41,12 @@ def measure_case(case: Case, ceilings: Ceilings, peers: bool) -> list[dict[str, 
         except Exception as failure:
             print(f"  {name} does not run here: {type(failure).__name__}: {str(failure)[:200]}")
             continue
+        floor_ms = ceilings.floor_ms(case.bytes_moved, case.flop)
         rows.append(
             {
                 "op": case.op, "shape": case.shape, "implementation": name, "median_ms": round(timing.median, 4),
-                "spread_ms": round(timing.spread, 4), "floor_ms": round(ceilings.floor_ms(case.bytes_moved, case.flop), 4),
+                "spread_ms": round(timing.spread, 4), "floor_ms": round(floor_ms, 4),
+                "ratio": round(timing.median / floor_ms, 3),
                 "accept_ms": case.accept_ms, "aim_ms": case.aim_ms, "flop": case.flop, "bytes": case.bytes_moved,
                 "extra_gb": round(extra, 2) if "memory" in case.tags else None,
                 "error_over_tolerance": None if error is None or name != "megarat" else round(error, 3),
