@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from examples.claim import __main__ as claim
-from examples.claim import arms, corpus, life, repeats, report
+from examples.claim import arms, corpus, life, records, repeats, report
 from examples.claim.__main__ import main
 from megarat.data.reader import TokenReader
 from megarat.data.tokenizer import load_tokenizer
@@ -279,7 +279,7 @@ def test_a_life_records_every_stage(record):
     assert record["pretraining"]["tokens"] == 25 * 2 * 128
     assert [point["tokens"] for point in record["pretraining"]["curve"]] == [256 * n for n in range(1, 26)]
     assert abs(record["pretraining"]["curve"][0]["loss_dense"] - math.log(400)) < 0.5
-    assert [report._plain(row["pattern"]) for row in record["scores"]] == ["dense", "D=16"]
+    assert [records.plain(row["pattern"]) for row in record["scores"]] == ["dense", "D=16"]
     assert [row["tokens"] for row in record["milestones"]] == [10 * 256, 20 * 256, 25 * 256]
     assert [[loss["loss"] for loss in row["scores"]] for row in record["milestones"]][-1] == [
         row["loss"] for row in record["scores"]
@@ -407,9 +407,9 @@ def made_up(arm: str, seed: int, losses: dict[str, float], adapted: dict[str, fl
 
 
 @pytest.fixture
-def two_arms() -> report.Experiment:
+def two_arms() -> records.Experiment:
     """Two seeds of (a), one of (c) and one of (d)."""
-    return report.Experiment(
+    return records.Experiment(
         "toy",
         [
             made_up("ratplus", 1, {"dense": 3.0, "D=16,W=0,I=0": 3.2}, {"D=16,W=0,I=0": 3.1}),
@@ -471,7 +471,7 @@ def test_the_passes_are_compared_stretch_by_stretch():
         "curve": [{"loss_sparse": 3 + (n // 2 + 1) / 10, "loss_dense": 3.0} for n in range(20)],
     }
     [cells] = [
-        line.strip("| ").split(" | ") for line in report.course_table([report.Experiment("toy", [record])]).splitlines()[2:]
+        line.strip("| ").split(" | ") for line in report.course_table([records.Experiment("toy", [record])]).splitlines()[2:]
     ]
     assert cells == ["toy", "(a)", "1", *(f"{(tenth + 1) / 10:.3f}" for tenth in range(10))]
 
@@ -480,16 +480,16 @@ def test_kinds_are_compared_size_by_size():
     kinds = {"prose": [{"pattern": "dense", "loss": 4.0}, {"pattern": "D=16,W=0,I=0", "loss": 4.1}]}
     better = {"prose": [{"pattern": "dense", "loss": 3.8}]}
     ours, theirs = made_up("ratplus", 1, {"dense": 3.0}, {}), made_up("attention", 1, {"dense": 3.0}, {})
-    small = report.Experiment("small", [ours | {"kinds": kinds}, theirs | {"kinds": better}])
+    small = records.Experiment("small", [ours | {"kinds": kinds}, theirs | {"kinds": better}])
     assert row_of(report.sizes_table([small]), "prose") == ["4.000", "+0.100", "+0.200"]
 
 
 def test_needles_of_several_seeds_are_a_mean_and_half_their_range():
-    records = []
+    seeds = []
     for seed, found in ((1, 0.5), (2, 0.7)):
         scores = [{"pattern": "D=16,W=0,I=0", "task": task, "ruler": found} for task in arms.NEEDLE_TASKS.split(",")]
-        records.append(made_up("ratplus", seed, {"dense": 3.0}, {}) | {"needles": [{"trained": "D=16", "scores": scores}]})
-    table = report.needles_table(report.Experiment("toy", records))
+        seeds.append(made_up("ratplus", seed, {"dense": 3.0}, {}) | {"needles": [{"trained": "D=16", "scores": scores}]})
+    table = report.needles_table(records.Experiment("toy", seeds))
     assert row_of(table, arms.TITLES["ratplus"], "D=16") == ["D=16", "2", *["60 ± 10"] * 4]
 
 
@@ -503,7 +503,7 @@ def test_what_must_be_seen_is_said_of_what_was_measured(two_arms):
 
 
 def test_the_gates_of_a_life_are_told_by_layer(record):
-    [gate, *_] = row_of(report.memory_table(report.Experiment("toy", [record])), arms.TITLES["ratplus"], "1")
+    [gate, *_] = row_of(report.memory_table(records.Experiment("toy", [record])), arms.TITLES["ratplus"], "1")
     assert gate == f"{record['gates'][0]['gate']['mean']:.2f}"
 
 
