@@ -11,6 +11,7 @@ where processes are joined: reading a config needs the rules, not torch.
 from __future__ import annotations
 
 import atexit
+import gc
 import itertools
 import math
 import os
@@ -403,8 +404,17 @@ def _device(device: str, local_rank: int) -> torch.device:
 
 
 def _leave() -> None:
+    """Leave all groups before the interpreter ends.
+
+    A Gloo group stops its threads when its last reference goes. One that is still held when the interpreter's own objects are taken apart
+    now and then ends the process by SIGABRT ("terminate called without an active exception"), after all work has been done.
+    """
     import torch
 
+    for groups in _known_groups.values():
+        groups.clear()  # what every Mesh holds as well
+    _known_groups.clear()
+    gc.collect()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

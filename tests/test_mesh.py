@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
+import launch
 import pytest
 import tiny_run
 import torch
@@ -197,14 +196,15 @@ PROGRAM = (
     "torch.distributed.all_reduce(total); print(f'{here.shape.data}:{int(total)} ', end='', flush=True)"
 )
 TORCHRUN_TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
-MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
 @pytest.mark.parametrize(
     "launcher",
     [
         pytest.param(TORCHRUN_TWO, id="torchrun"),
-        pytest.param([MPIRUN, "-np", "2"], id="mpirun", marks=pytest.mark.skipif(MPIRUN is None, reason="no mpirun")),
+        pytest.param(
+            [launch.MPIRUN, "-np", "2"], id="mpirun", marks=pytest.mark.skipif(launch.MPIRUN is None, reason="no mpirun")
+        ),
     ],
 )
 def test_two_processes_find_each_other(launcher):

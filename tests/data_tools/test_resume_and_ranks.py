@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import launch
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -122,12 +123,12 @@ def test_deduplication_keeps_the_first_of_equal_documents_on_both_sides(work: Pa
     assert int((ends.read(0, ends.num_tokens) == ends.eos_id).sum()) == result.train.total_documents
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs an MPI launcher")
+@pytest.mark.skipif(launch.MPIRUN is None, reason="needs an MPI launcher")
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_shards_are_the_same_bytes_on_1_and_on_4_mpi_ranks(work: Path, tokenizer_file: Path, ranks: int) -> None:
     build_small(work, tokenizer_file, "alone", deduplicate=True)
     done = subprocess.run(
-        ["mpirun", "-n", str(ranks), *command(work, tokenizer_file, "out", "--deduplicate", "--workers", "1")],
+        [launch.MPIRUN, "-n", str(ranks), *command(work, tokenizer_file, "out", "--deduplicate", "--workers", "1")],
         capture_output=True,
         text=True,
         env=environment(),
@@ -138,11 +139,11 @@ def test_shards_are_the_same_bytes_on_1_and_on_4_mpi_ranks(work: Path, tokenizer
     assert files_of(work / "out") == files_of(work / "alone")
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs an MPI launcher")
+@pytest.mark.skipif(launch.MPIRUN is None, reason="needs an MPI launcher")
 def test_bad_input_of_one_rank_ends_all_with_one_message(work: Path, tokenizer_file: Path) -> None:
     (work / "in" / "a.jsonl").write_bytes(jsonl(TEXTS) + b"{\n" + jsonl(TEXTS))
     done = subprocess.run(
-        ["mpirun", "-n", "3", *command(work, tokenizer_file, "out", "--workers", "1")],
+        [launch.MPIRUN, "-n", "3", *command(work, tokenizer_file, "out", "--workers", "1")],
         capture_output=True,
         text=True,
         env=environment(),
