@@ -44,6 +44,10 @@ def scaling(row: Row, rows: list[Row]) -> str:
     return f" ({100 * share:.1f} % of {row['gpus']} x one)"
 
 
+def _run(row: Row) -> str:
+    return f"{row['implementation']} {row['size']}, T={row['length']}, {row['micro_batch']} x {row['accumulation']}, {row['gpus']} GPU(s)"
+
+
 def _on_any_mesh(row: Row) -> list[str]:
     axes = ("parallel.tensor=", "parallel.context=", "parallel.pipeline=")
     return [setting for setting in row["settings"].split() if not setting.startswith(axes)]
@@ -77,7 +81,7 @@ def phases() -> str:
     names = ("sparse_forward", "sparse_backward", "dense_forward", "dense_backward", "update", "data")
     lines = (
         (
-            f"{row['implementation']} {row['size']}, T={row['length']}, {row['micro_batch']} x {row['accumulation']}, {row['gpus']} GPU(s)",
+            _run(row),
             row["settings"] or "defaults", *(f"{float(row[name + '_ms']):.1f}" if row[name + "_ms"] else "–" for name in names),
             row["pair_ms"], row["commit"],
         )
@@ -127,7 +131,7 @@ def start() -> str:
     rows = [row for row in latest(read(FOLDER / "train.csv"), *SETTING) if row["to_first_step_s"]]
     lines = (
         (
-            f"{row['implementation']} {row['size']}, T={row['length']}, {row['micro_batch']} x {row['accumulation']}, {row['gpus']} GPU(s)",
+            _run(row),
             row["settings"] or "defaults", row["data"], row["to_first_step_s"], row["start_s"], row["first_pair_s"], row["commit"],
         )
         for row in rows

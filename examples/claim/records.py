@@ -50,9 +50,9 @@ class Spread(NamedTuple):
         values = list(values)
         return cls(sum(values) / len(values), (max(values) - min(values)) / 2, len(values))
 
-    def text(self, sign: str = "") -> str:
+    def text(self, sign: str = "", digits: int = 3) -> str:
         """``3.255`` of one seed, ``3.255 ± 0.004`` of several."""
-        return f"{self.mean:{sign}.3f}" + (f" ± {self.half_range:.3f}" if self.seeds > 1 else "")
+        return f"{self.mean:{sign}.{digits}f}" + (f" ± {self.half_range:.{digits}f}" if self.seeds > 1 else "")
 
 
 def read_results(folder: str | Path) -> list[Experiment]:

@@ -300,11 +300,8 @@ def _tuned_seeds(records: Sequence[Record], trained: str) -> int:
 
 def _needle_cell(records: Sequence[Record], trained: str, reading: str, task: str) -> str:
     share = needles_of(reading, task, trained)
-    values = [100 * value for record in records if (value := share(record)) is not None]
-    if not values:
-        return "-"
-    found = Spread.of(values)
-    return f"{found.mean:.0f}" + (f" ± {found.half_range:.0f}" if found.seeds > 1 else "")
+    found = spread(records, share)
+    return "-" if found is None else Spread(*(100 * part for part in found[:2]), found.seeds).text(digits=0)
 
 
 def milestones_table(experiment: Experiment) -> str:

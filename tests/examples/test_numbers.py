@@ -22,12 +22,18 @@ LETTERS = {
 SIZES = sorted(path.name for path in (HERE / "results").iterdir() if path.is_dir())
 
 
+def lines_of(mark: str) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table behind a mark; nothing where there is none."""
+    found = re.search(rf"<!-- {mark} -->\n(.*?)<!-- / -->", TEXT, re.DOTALL)
+    if found is None:
+        return [], []
+    head, _, *rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in found[1].strip().splitlines()]
+    return head, rows
+
+
 def table(name: str, size: str) -> dict[tuple[str, str, int], str]:
     """Cells by letter of the arm, heading, and which of the arm's rows."""
-    found = re.search(rf"<!-- {name} {size} -->\n(.*?)<!-- / -->", TEXT, re.DOTALL)
-    if found is None:
-        return {}
-    head, _, *rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in found[1].strip().splitlines()]
+    head, rows = lines_of(f"{name} {size}")
     cells: dict[tuple[str, str, int], str] = {}
     for row in rows:
         for heading, cell in zip(head, row, strict=True):
@@ -135,20 +141,13 @@ def test_seeds(size):
                 assert math.isclose(float(shown[letter, f"of (a), {reading}", number]), quotient, abs_tol=0.051)
 
 
-def rows_of(name: str) -> list[list[str]]:
-    """Cells of a table that stands for all sizes, without its head."""
-    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- / -->", TEXT, re.DOTALL)
-    assert found is not None
-    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in found[1].strip().splitlines()[2:]]
-
-
 def record_of(size: str, arm: str, seed: str) -> dict:
     return json.loads((HERE / "results" / size / f"{arm}-{seed}.json").read_text(encoding="utf-8"))
 
 
 def test_the_course_of_the_training():
     arms = {letter: arm for arm, letter in LETTERS.items()}
-    rows = rows_of("course")
+    _, rows = lines_of("course")
     assert len(rows) == sum(
         len(list((HERE / "results" / size).glob(f"{arm}-*"))) for size in SIZES for arm in (arms["(a)"], arms["(c)"])
     )
@@ -161,7 +160,7 @@ def test_the_course_of_the_training():
 
 
 def test_sizes_are_those_of_their_experiments():
-    rows = rows_of("scaling")
+    _, rows = lines_of("scaling")
     assert sorted(row[0] for row in rows) == SIZES
     for size, _, _, dense, of_c, of_d, *_ in rows:
         for cell, arm in ((dense, "ratplus"), (of_c, "attention-pair"), (of_d, "attention")):
@@ -171,9 +170,7 @@ def test_sizes_are_those_of_their_experiments():
 @pytest.mark.parametrize("size", SIZES)
 def test_needles(size):
     """Found: the mean of the seeds that were tuned so, in percent."""
-    found = re.search(rf"<!-- needles {size} -->\n(.*?)<!-- / -->", TEXT, re.DOTALL)
-    for line in found[1].strip().splitlines()[2:] if found else ():
-        title, trained, read, seeds, *cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+    for title, trained, read, seeds, *cells in lines_of(f"needles {size}")[1]:
         [arm] = [arm for arm, letter in LETTERS.items() if title.startswith(letter)]
         shares: dict[str, list[float]] = {}
         for path in (HERE / "results" / size).glob(f"{arm}-[0-9]*.json"):
