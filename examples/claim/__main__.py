@@ -63,6 +63,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--needles", type=_at_least(0), default=0, metavar="BATCHES", help="also fine-tune on needle tasks, so many batches"
         )
+        command.add_argument(
+            "--tune",
+            nargs="+",
+            choices=arms.NEEDLE_READINGS,
+            default=arms.NEEDLE_READINGS,
+            metavar="READING",
+            help=f"which fine-tunings --needles does, in this order; of {', '.join(arms.NEEDLE_READINGS)}; all of them by default",
+        )
         command.add_argument("--keep", action="store_true", help="keep the runs of adaptations and fine-tunings")
     corpus = commands.add_parser("corpus", help="fetch the text and make the shards")
     corpus.add_argument("folder", help="for packages, documents and shards")
@@ -130,7 +138,15 @@ def _pass_on(reason: str, running: dict[str, subprocess.Popen[bytes]]) -> None:
 def _command(arm: str, options: argparse.Namespace) -> list[str]:
     places = ["--out", str(options.out), "--corpus", str(_corpus_of(options)), "--config", options.config]
     settings = [part for override in options.set for part in ("--set", override)]
-    extras = ["--adapt", options.adapt, "--needles", str(options.needles), *(["--keep"] if options.keep else [])]
+    extras = [
+        "--adapt",
+        options.adapt,
+        "--needles",
+        str(options.needles),
+        "--tune",
+        *options.tune,
+        *(["--keep"] if options.keep else []),
+    ]
     return [sys.executable, "-m", "examples.claim", "arm", arm, *places, *settings, *extras]
 
 
@@ -138,7 +154,7 @@ def _one(options: argparse.Namespace) -> int:
     from examples.claim import life
 
     kinds = _corpus_of(options) / "kinds"
-    needles = arms.NeedleTuning(options.needles) if options.needles else None
+    needles = arms.NeedleTuning(options.needles, readings=tuple(options.tune)) if options.needles else None
     extras = life.Extras(kinds if kinds.is_dir() else None, needles, options.adapt, options.keep)
     with StopRequest().listening() as stop:
         life.live(options.config, options.arm, options.out, _overrides(options), extras, stop)

@@ -36,8 +36,9 @@ MILESTONE_READINGS = ("dense", "D=16", "D=64")  # of each checkpoint kept on the
 KIND_READINGS = ("dense", "D=16", "D=64", WINDOWED)  # of each kind of text
 TOPK = tuple(f"D=-1 + topk blocks={blocks},size=64,score=max" for blocks in (3, 4, 8))
 
-# Each fine-tuned from the weights adapted to it; None: from the pretrained ones by pairs, read by top-k blocks. The most telling first.
-NEEDLE_READINGS = ("D=16", None, "D=64", "dense")
+# Each fine-tuned from the weights adapted to it; PAIR: from the pretrained ones by pairs, read by top-k blocks. The most telling first.
+PAIR = "pair"
+NEEDLE_READINGS = ("D=16", PAIR, "D=64", "dense")
 NEEDLE_TASKS = "single_1,single_2,multikey_1,multikey_2"
 
 # Share of the pretraining's batches that an adaptation takes: a quarter of a percent, one percent, and the 48 of 1167 batches of the anchor.
@@ -83,6 +84,7 @@ class NeedleTuning:
     length: int = 1024
     global_batch: int = 32
     samples: int = 100  # of each task, scored
+    readings: tuple[str, ...] = NEEDLE_READINGS  # one fine-tuning each, in this order
 
 
 def needle_tuning(pretrain: Config, pattern: str, tuning: NeedleTuning, sparse_pass: bool) -> Config:

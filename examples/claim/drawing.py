@@ -18,6 +18,7 @@ from examples.claim.records import (
     by_size,
     cache_mib,
     course,
+    gap,
     letter,
     loss_of,
     spread,
@@ -40,12 +41,13 @@ def draw(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
 
 
 def _draw_one(experiment: Experiment, folder: Path) -> list[Path]:
-    """Loss curves, perplexity against cache bytes, and effective memory by layer."""
-    figures = {"loss": _draw_losses, "perplexity": _draw_perplexity, "memory": _draw_memory}
+    """Loss curves, perplexity against cache bytes; effective memory by layer and the gap on the way where they were measured."""
+    figures = {"loss": _draw_losses, "perplexity": _draw_perplexity, "memory": _draw_memory, "milestones": _draw_milestones}
+    needed = {"memory": "gates", "milestones": "milestones"}
     return [
         _save(partial(make, experiment), folder / f"{experiment.name}-{name}.png")
         for name, make in figures.items()
-        if name != "memory" or any("gates" in record for record in experiment.records)
+        if name not in needed or any(needed[name] in record for record in experiment.records)
     ]
 
 
@@ -94,6 +96,18 @@ def _draw_course(experiments: Sequence[Experiment], axis: Any) -> None:
                 places = [tokens * (stretch + 0.5) / STRETCHES for stretch in range(STRETCHES)]
                 axis.plot(places, apart, style, color=f"C{number}", marker="o", label=f"{one.name}, {letter(arm)}")
     axis.set(xlabel="million tokens", ylabel="training loss, sparse pass minus dense pass, nats", yscale="log")
+    _plain_numbers(axis.yaxis)
+
+
+def _draw_milestones(experiment: Experiment, axis: Any) -> None:
+    """Held-out gaps of the checkpoints kept on the way (one seed an arm)."""
+    for arm in (arm for arm in experiment.present if "milestones" in experiment.shown(arm)):
+        reached = experiment.shown(arm)["milestones"]
+        tokens = [row["tokens"] / 1e6 for row in reached]
+        for reading, style in (("D=16", "-"), ("D=64", ":")):
+            label = f"{arms.TITLES[arm]}: {reading}"
+            axis.plot(tokens, [gap(row, reading) for row in reached], style, color=_COLORS[arm], marker="o", label=label)
+    axis.set(xlabel="million tokens", ylabel="held-out loss minus dense loss, nats, not adapted", yscale="log")
     _plain_numbers(axis.yaxis)
 
 

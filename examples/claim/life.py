@@ -177,8 +177,8 @@ def _stages(config: Config, extras: Extras) -> Iterator[Stage]:
         yield Stage("kinds", None, partial(_score_kinds, config, run, extras.kinds))
     yield from adaptations[headline:]
     if extras.needles is not None:
-        for reading in arms.NEEDLE_READINGS:
-            yield Stage("needles", {"trained": reading or "pair"}, partial(tuned, config, reading, extras.needles))
+        for reading in extras.needles.readings:
+            yield Stage("needles", {"trained": reading}, partial(tuned, config, reading, extras.needles))
 
 
 def _adaptation_row(config: Config, pattern: str, share: float) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _score_kinds(config: Config, run: Path, kinds: Path) -> dict[str, list[dict[
 def _adapt_and_clear(config: Config, pattern: str, share: float, extras: Extras) -> dict[str, Any]:
     """An adaptation; of their runs, only those that needles start from are left."""
     row = adapted(config, pattern, share)
-    needed = extras.needles is not None and share == arms.LONG and pattern in arms.NEEDLE_READINGS
+    needed = extras.needles is not None and share == arms.LONG and pattern in extras.needles.readings
     if not extras.keep and not needed:
         shutil.rmtree(arms.adaptation(config, pattern, share).run.dir)
     return row
@@ -273,23 +273,24 @@ def adapted(config: Config, pattern: str, share: float) -> dict[str, Any]:
     }
 
 
-def tuned(config: Config, pattern: str | None, tuning: arms.NeedleTuning) -> dict[str, Any]:
-    """Fine-tune on needle tasks under ``pattern``, from the weights adapted to it; None: by pairs from the pretrained ones, read by top-k."""
-    settings = arms.needle_tuning(config, pattern or "dense", tuning, sparse_pass=pattern is None)
+def tuned(config: Config, pattern: str, tuning: arms.NeedleTuning) -> dict[str, Any]:
+    """Fine-tune on needle tasks under ``pattern``, from the weights adapted to it; PAIR: by pairs from the pretrained ones, read by top-k."""
+    by_pairs = pattern == arms.PAIR
+    settings = arms.needle_tuning(config, "dense" if by_pairs else pattern, tuning, sparse_pass=by_pairs)
     start = config.run.dir
-    if pattern is not None:
+    if not by_pairs:
         parent = arms.adaptation(config, pattern, arms.LONG)
         adapt(parent, config.run.dir)  # nothing is done where it is done
         _free()
         start = parent.run.dir
     run = Path(settings.run.dir)
-    adapt(settings, start, sparse_pass=pattern is None)
+    adapt(settings, start, sparse_pass=by_pairs)
     _free()
     return {
-        "trained": pattern or "pair",
+        "trained": pattern,
         "batches": settings.train.pairs,
         "curve": training_record(run)["curve"],
-        "scores": needle_scores(run, ("dense", *arms.TOPK) if pattern is None else (pattern,), tuning),
+        "scores": needle_scores(run, ("dense", *arms.TOPK) if by_pairs else (pattern,), tuning),
     }
 
 

@@ -208,7 +208,6 @@ def short_life(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(arms, "ADAPTATIONS", {"brief": (("D=16", arms.LONG),), "full": (("D=16", arms.LONG), ("D=16", 0.08))})
     patch.setattr(arms, "READINGS", ("dense", "D=16"))
     patch.setattr(arms, "MILESTONE_READINGS", ("dense", "D=16"))
-    patch.setattr(arms, "NEEDLE_READINGS", ("D=16", None))
     patch.setattr(arms, "NEEDLE_TASKS", "multikey_2")
     patch.setattr(arms, "TOPK", ("D=-1 + topk blocks=3,size=16,score=max",))
     patch.setattr(arms, "KIND_READINGS", ("dense",))
@@ -240,7 +239,8 @@ def record(toy, built, begun) -> dict:
     out, _ = begun
     with pytest.MonkeyPatch.context() as patch:
         short_life(patch)
-        target = life.live(str(path), "ratplus", out, overrides, life.Extras(built / "kinds", arms.NeedleTuning(1, 512, 1, 2)))
+        needles = arms.NeedleTuning(1, 512, 1, 2, readings=(arms.PAIR, "D=16"))
+        target = life.live(str(path), "ratplus", out, overrides, life.Extras(built / "kinds", needles))
     return json.loads(target.read_text(encoding="utf-8"))
 
 
@@ -289,7 +289,7 @@ def test_a_life_records_every_stage(record):
         ("D=16", 1, 256),
         ("D=16", 2, 512),
     ]
-    assert [tuning["trained"] for tuning in record["needles"]] == ["D=16", "pair"]
+    assert [tuning["trained"] for tuning in record["needles"]] == ["pair", "D=16"]
     assert all(0 <= row["ruler"] <= 1 for tuning in record["needles"] for row in tuning["scores"])
     assert record["topk"][0]["loss"] < 2 * math.log(400)
     [layer] = record["gates"]
@@ -345,6 +345,7 @@ def test_an_unknown_arm_is_refused(toy, capsys):
         (["--jobs", "0"], "must be at least 1"),
         (["--needles", "-1"], "must be at least 0"),
         (["--adapt", "all"], "invalid choice: 'all'"),
+        (["--tune", "pair", "D=17"], "invalid choice: 'D=17'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, said, capsys):
@@ -518,6 +519,7 @@ def test_every_table_and_figure_can_be_made_of_a_life(record, tmp_path):
         "toy-loss.png",
         "toy-perplexity.png",
         "toy-memory.png",
+        "toy-milestones.png",
         "course.png",
     }
 

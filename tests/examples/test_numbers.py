@@ -80,6 +80,7 @@ def agree(cell: str, values: list[float], tolerance: float = 0.00051) -> None:
 def test_there_are_results_and_tables():
     assert "small" in SIZES
     assert all(table(name, "small") for name in ("losses", "gaps", "ratios", "adaptation", "adapted", "runs"))
+    assert all(table(name, "long") for name in ("losses", "gaps", "seeds", "adaptation", "milestones", "runs"))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -157,6 +158,24 @@ def test_the_course_of_the_training():
             part = curve[tenth * len(curve) // 10 : (tenth + 1) * len(curve) // 10]
             expected = middle([point["loss_sparse"] for point in part]) - middle([point["loss_dense"] for point in part])
             assert math.isclose(float(cell), expected, abs_tol=0.00051)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_milestones(size):
+    """The n-th line of an arm is its n-th checkpoint; where several seeds have it, their mean."""
+    shown = table("milestones", size)
+    for arm, letter in LETTERS.items():
+        reached: dict[int, list[dict[str, float]]] = {}
+        for path in (HERE / "results" / size).glob(f"{arm}-[0-9]*.json") if shown else ():
+            for row in json.loads(path.read_text(encoding="utf-8")).get("milestones", []):
+                reached.setdefault(row["tokens"], []).append({score["pattern"]: score["loss"] for score in row["scores"]})
+        assert sum(key[:2] == (letter, "dense loss, nats") for key in shown) == len(reached)
+        for number, tokens in enumerate(sorted(reached)):
+            assert shown[letter, "tokens trained on", number] == f"{tokens / 1e6:.1f} M"
+            agree(shown[letter, "dense loss, nats", number], [losses["dense"] for losses in reached[tokens]])
+            for reading in ("D=16", "D=64"):
+                gaps = [losses[f"{reading},W=0,I=0"] - losses["dense"] for losses in reached[tokens]]
+                agree(shown[letter, f"gap, {reading}", number], gaps)
 
 
 def test_sizes_are_those_of_their_experiments():
