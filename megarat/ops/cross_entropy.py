@@ -150,9 +150,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, _dcount: Tensor) -> tuple[Tensor | None, ...]:
         """Scales the gradients that the forward made."""
         dx_NC, dweight_VC = ctx.saved_tensors
-        scaled_VC = torch.empty(dweight_VC.shape, dtype=ctx.weight_dtype, device=dweight_VC.device)
-        torch.mul(dweight_VC, dloss, out=scaled_VC)  # scaled and rounded in one pass
-        return dx_NC * dloss.to(dx_NC.dtype), scaled_VC, *(None,) * 8
+        return _scaled(dx_NC, dloss, dx_NC.dtype), _scaled(dweight_VC, dloss, ctx.weight_dtype), *(None,) * 8
+
+
+def _scaled(gradient: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * dloss, scaled in dloss's dtype and rounded to ``dtype`` in one pass.
+
+    dloss as a matrix: torch takes a scalar in the matrix's dtype, and 1/12 in bf16 is off by 0.2 %, the same way for every gradient below.
+    """
+    scaled = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    return torch.mul(gradient, dloss.view(1, 1), out=scaled)
 
 
 def _accumulate_outer(dweight_VC: Tensor, dlogits_nV: Tensor, x_nC: Tensor, fresh: bool) -> None:

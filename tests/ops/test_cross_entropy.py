@@ -63,6 +63,19 @@ def test_evaluation_makes_no_gradients_and_bf16_sums_in_fp32():
     )
 
 
+@pytest.mark.parametrize("share", [1 / 3, 1 / 12])
+def test_a_share_of_the_loss_scales_bf16_gradients_by_that_share_and_not_by_its_rounding(share):
+    """As with 3 or 12 micro-batches an update. Roundings of single elements average out; that of the share would be common to all."""
+    x, weight, labels = tensors(64, 32, 50)
+    narrow = [t.detach().to(torch.bfloat16).requires_grad_() for t in (x, weight)]
+    loss, _ = linear_cross_entropy(*narrow, labels)
+    whole = torch.autograd.grad(loss, narrow, retain_graph=True)
+    for found, gradient in zip(torch.autograd.grad(loss * share, narrow), whole, strict=True):
+        expected = gradient.double() * share
+        scale = float((found.double() * expected).sum() / expected.square().sum())
+        assert abs(scale - 1) < 5e-4  # 1/3 and 1/12 lie 2e-3 from the nearest bf16 number
+
+
 def test_an_unknown_reduction_and_mixed_dtypes_are_refused():
     x, weight, labels = tensors(4, 8, 50)
     with pytest.raises(ValueError, match="reduction"):
