@@ -17,6 +17,7 @@ different lengths and a step can be captured in a CUDA graph.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -165,7 +166,8 @@ def decode_step(
     pattern = check_pattern(pattern)
     _check_cache(k_cache_BHSK, v_cache_BHSK, q_BHK, pattern)
     scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
-    unsupported = _unsupported(q_BHK, k_BHK, v_BHK, g_BHK, k_cache_BHSK)
+    vectors, kept = (q_BHK, k_BHK, v_BHK, g_BHK, output_gate_BHK), (*state, k_cache_BHSK, v_cache_BHSK, lengths_B, cos_TR, sin_TR)
+    unsupported = _unsupported(vectors, kept)
     if choose_backend("decode_step", backend, q_BHK, unsupported) == "triton":
         from megarat.ops.kernels.decode_attention import launch_step
 
@@ -190,12 +192,13 @@ def _check_cache(k_cache_BHSK: Tensor, v_cache_BHSK: Tensor, q_BHK: Tensor, patt
         raise ValueError(f"decode_step: a cache of {slots} slots for pattern {pattern}, which needs {least} and its far tokens")
 
 
-def _unsupported(q_BHK: Tensor, k_BHK: Tensor, v_BHK: Tensor, g_BHK: Tensor, k_cache_BHSK: Tensor) -> str | None:
-    """Why the kernels cannot serve these inputs, or None."""
-    if q_BHK.dtype == torch.float64:
+def _unsupported(vectors_BHK: Sequence[Tensor | None], kept: Sequence[Tensor]) -> str | None:
+    """Why the kernels cannot serve these inputs, or None: the token's vectors, the queries first, and what outlives the step."""
+    queries_BHK, *_ = given = [x for x in vectors_BHK if x is not None]
+    if queries_BHK.dtype == torch.float64:
         return "the inputs are float64"
-    if q_BHK.shape[-1] not in (16, 32, 64, 128):
-        return f"the head size {q_BHK.shape[-1]} is none of 16, 32, 64 and 128"
-    if any(x.stride()[1:] != (x.shape[-1], 1) for x in (q_BHK, k_BHK, v_BHK, g_BHK)) or not k_cache_BHSK.is_contiguous():
-        return "the heads of an input, or the cache, are not contiguous"
+    if queries_BHK.shape[-1] not in (16, 32, 64, 128):
+        return f"the head size {queries_BHK.shape[-1]} is none of 16, 32, 64 and 128"
+    if any(x.stride()[1:] != (x.shape[-1], 1) for x in given) or not all(x.is_contiguous() for x in kept):
+        return "the heads of an input, or a state, a cache, the lengths or a rotary table, are not contiguous"
     return None

@@ -179,7 +179,7 @@ def dilated_attention(
     """
     _check(q_BTHK, k_BTHK, v_BTHK, output_gate_BTHK, document_ids_BT)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
-    unsupported = _unsupported(q_BTHK, k_BTHK, v_BTHK, scale)
+    unsupported = _unsupported(q_BTHK, k_BTHK, v_BTHK, output_gate_BTHK, scale)
     kernels = choose_backend("dilated_attention", backend, q_BTHK, unsupported) == "triton"
     starts_BT = document_start_positions(document_ids_BT) if kernels and document_ids_BT is not None else None
     groups = group_heads(pattern, q_BTHK.shape[2])
@@ -230,13 +230,13 @@ def _check(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, gate_BTHK: Tensor | N
         )
 
 
-def _unsupported(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, scale: float) -> str | None:
+def _unsupported(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, gate_BTHK: Tensor | None, scale: float) -> str | None:
     """Why the kernels cannot serve these inputs, or None."""
     if not q_BTHK.dtype == k_BTHK.dtype == v_BTHK.dtype or q_BTHK.dtype == torch.float64:
         return f"the inputs are {q_BTHK.dtype}, {k_BTHK.dtype} and {v_BTHK.dtype}"
     if q_BTHK.shape[-1] not in (16, 32, 64, 128):
         return f"the head size {q_BTHK.shape[-1]} is none of 16, 32, 64 and 128"
-    if any(x.stride(-1) != 1 for x in (q_BTHK, k_BTHK, v_BTHK)):
+    if any(x is not None and x.stride(-1) != 1 for x in (q_BTHK, k_BTHK, v_BTHK, gate_BTHK)):
         return "the channels of an input are not contiguous"
     if scale <= 0:
         return f"the scale {scale} is not positive"

@@ -27,17 +27,19 @@ def heads(channels=16, dtype=torch.float32, count=3):
     return torch.randn(count, 1, 4, 2, channels).to(dtype).unbind(0)
 
 
-def decode(channels=16, dtype=torch.float32):
-    token = torch.randn(4, 1, 2, channels).to(dtype)
-    state = ScanState(*torch.zeros(2, 1, 2, channels))
-    cache = torch.zeros(1, 2, 5, channels, dtype=dtype)
-    tables = rotary_tables(torch.arange(4), channels)
-    lengths = torch.zeros(1, dtype=torch.int64)
-    return decode_step(*token, *tables, state, cache, cache, lengths, (4, 3, 2), backend="triton")
+def decode(channels=16, dtype=torch.float32, **changed):
+    token = torch.randn(4, 2, 2, channels).to(dtype)
+    cos, sin = rotary_tables(torch.arange(4), channels)
+    inputs = {
+        "state": torch.zeros(2, 2, 2, channels), "k": torch.zeros(2, 2, 5, channels, dtype=dtype),
+        "v": torch.zeros(2, 2, 5, channels, dtype=dtype), "lengths": torch.zeros(2, dtype=torch.int64), "gate": None, **changed,
+    }  # fmt: skip
+    state, k, v, lengths, gate = inputs.values()
+    return decode_step(*token, cos, sin, ScanState(*state), k, v, lengths, (4, 3, 2), output_gate_BHK=gate, backend="triton")
 
 
 def strided(x):
-    return x.transpose(1, 3).contiguous().transpose(1, 3)
+    return x.transpose(1, -1).contiguous().transpose(1, -1)
 
 
 WIDE = torch.float64
@@ -48,6 +50,9 @@ UNSERVED = {
     "dilated_attention float64": lambda: dilated_attention(*heads(dtype=WIDE), (4, 0, 0), backend="triton"),
     "dilated_attention 256": lambda: dilated_attention(*heads(256), (4, 0, 0), backend="triton"),
     "dilated_attention contiguous": lambda: dilated_attention(*(strided(x) for x in heads()), (4, 0, 0), backend="triton"),
+    "dilated_attention channels of an input": lambda: dilated_attention(
+        *heads(), (4, 0, 0), output_gate_BTHK=strided(heads()[0]), backend="triton"
+    ),
     "dilated_attention not positive": lambda: dilated_attention(*heads(), (4, 0, 0), scale=-1.0, backend="triton"),
     "decode_step float64": lambda: decode(dtype=WIDE),
     "decode_step 48": lambda: decode(48),
@@ -73,6 +78,22 @@ def test_kernels_asked_for_where_they_do_not_serve_say_which_operation_and_why(c
     op, _, reason = case.partition(" ")
     with pytest.raises(ValueError, match=f"{op}: backend='triton' was asked for, but .*{reason}"):
         UNSERVED[case]()
+
+
+STRIDED = {
+    "gate": strided(torch.zeros(2, 2, 16)),
+    "state": strided(torch.zeros(2, 2, 2, 16)),
+    "k": strided(torch.zeros(2, 2, 5, 16)),
+    "v": strided(torch.zeros(2, 2, 5, 16)),
+    "lengths": torch.zeros(1, dtype=torch.int64).expand(2),
+}
+
+
+@pytest.mark.parametrize("what", STRIDED)
+def test_a_decode_step_whose_kernels_know_no_strides_of_an_input_is_refused(what):
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match=r"decode_step: backend='triton' was asked for, but .* are not contiguous"):
+        decode(**{what: STRIDED[what]})
 
 
 def leaf(*shape):
