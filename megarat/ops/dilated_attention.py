@@ -83,6 +83,11 @@ def dilated_attention_ref(
 # --- the torch paths ----------------------------------------------------------------------------------------------------------
 
 
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of scores and softmax."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _attend_far_and_self(
     q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, pattern: PatternLike, scale: float, document_ids_BT: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -92,9 +97,10 @@ def _attend_far_and_self(
     hidden_11TF = (far_F[None, :] >= torch.arange(q_BTHK.shape[1], device=q_BTHK.device)[:, None])[None, None]
     if document_ids_BT is not None:
         hidden_11TF = hidden_11TF | (document_ids_BT[:, None, :, None] != document_ids_BT[:, far_F][:, None, None, :])
-    compute = torch.float64 if q_BTHK.dtype == torch.float64 else torch.float32
-    scores_BHTF = torch.einsum("bthk,bfhk->bhtf", q_BTHK, k_far_BFHK).to(compute) * scale
-    own_BHT1 = ((q_BTHK.to(compute) * k_BTHK.to(compute)).sum(dim=-1) * scale).transpose(1, 2)[..., None]
+    compute = _compute_dtype(q_BTHK)
+    q_BTHK = q_BTHK.to(compute)
+    scores_BHTF = torch.einsum("bthk,bfhk->bhtf", q_BTHK, k_far_BFHK.to(compute)) * scale
+    own_BHT1 = ((q_BTHK * k_BTHK.to(compute)).sum(dim=-1) * scale).transpose(1, 2)[..., None]
     scores_BHTS = torch.cat((scores_BHTF.masked_fill(hidden_11TF, -math.inf), own_BHT1), dim=-1)
     weights_BHTS = scores_BHTS.softmax(dim=-1).to(v_BTHK.dtype)
     out_BTHK = torch.einsum("bhtf,bfhk->bthk", weights_BHTS[..., :-1], v_far_BFHK)

@@ -5,6 +5,7 @@ import torch
 
 from megarat.ops import dilated_attention, visible
 from megarat.ops.dilated_attention import dilated_attention_ref, far_positions
+from tests.ops.oracle import TOLERANCE
 
 # dense; dilation alone, beyond the sequence, with a window, with initial tokens, all three; none of it; larger than the sequence
 PATTERNS = [
@@ -53,6 +54,23 @@ def test_torch_paths_equal_the_masked_definition_with_their_gradients(pattern, d
     torch.testing.assert_close(lse, expected_lse)
     gradients = [torch.autograd.grad(out.square().sum(), projection) for out in (found, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("pattern", [(4, 0, 0), (5, 0, 7)], ids=str)
+def test_large_scores_of_bf16_inputs_are_not_rounded_to_bf16(pattern):
+    """Queries 16 times as large as a new model's: by bf16 scores of up to 60 are rounded by 1/8. Limits as of the kernels (oracle.py)."""
+    torch.manual_seed(0)
+    projection = (torch.randn(1, 200, 3, 1, 32) * torch.tensor([16.0, 1.0, 1.0])[:, None, None]).to(torch.bfloat16)
+    dout = torch.randn(1, 200, 1, 32).to(torch.bfloat16)
+    results = []
+    for compute, attend in ((torch.bfloat16, dilated_attention), (torch.float64, lambda *x: dilated_attention_ref(*x)[0])):
+        inputs = projection.to(compute).requires_grad_()
+        out = attend(*inputs.unbind(2), pattern)
+        (gradient,) = torch.autograd.grad(out, inputs, dout.to(compute))
+        results.append((out, *gradient.unbind(2)))
+    for index, (found, expected) in enumerate(zip(*results, strict=True)):
+        error = float((found.double() - expected).norm() / expected.norm())
+        assert error < TOLERANCE[torch.bfloat16][index > 0], (index, error)
 
 
 def test_each_head_attends_by_its_own_pattern():
