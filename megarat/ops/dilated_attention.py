@@ -74,7 +74,7 @@ def dilated_attention_ref(
     hidden_B1TT = ~visible(positions, positions, pattern)[None, None]
     if document_ids_BT is not None:
         hidden_B1TT = hidden_B1TT | (document_ids_BT[:, None, :, None] != document_ids_BT[:, None, None, :])
-    scores_BHTT = torch.einsum("bihk,bjhk->bhij", q_BTHK, k_BTHK) * (scale or q_BTHK.shape[-1] ** -0.5)
+    scores_BHTT = torch.einsum("bihk,bjhk->bhij", q_BTHK, k_BTHK) * (q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
     scores_BHTT = scores_BHTT.masked_fill(hidden_B1TT, -math.inf)
     out_BTHK = torch.einsum("bhij,bjhk->bihk", scores_BHTT.softmax(dim=-1), v_BTHK)
     return out_BTHK, scores_BHTT.logsumexp(dim=-1).transpose(1, 2)
@@ -154,8 +154,10 @@ def _attend_torch(
 ) -> tuple[Tensor, Tensor | None]:
     if pattern[1] == 0 and not is_dense(pattern, q_BTHK.shape[1]):
         return _attend_far_and_self(q_BTHK, k_BTHK, v_BTHK, pattern, scale, document_ids_BT)
-    if lse:
-        return dilated_attention_ref(q_BTHK, k_BTHK, v_BTHK, pattern, scale=scale, document_ids_BT=document_ids_BT)
+    if lse:  # torch's own attention has none
+        q, k, v = (x.to(_compute_dtype(x)) for x in (q_BTHK, k_BTHK, v_BTHK))
+        out_BTHK, lse_BTH = dilated_attention_ref(q, k, v, pattern, scale=scale, document_ids_BT=document_ids_BT)
+        return out_BTHK.to(q_BTHK.dtype), lse_BTH
     return _attend_sdpa(q_BTHK, k_BTHK, v_BTHK, pattern, scale, document_ids_BT), None
 
 

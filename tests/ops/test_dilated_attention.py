@@ -94,6 +94,24 @@ def test_log_sum_exp_joins_two_halves_of_the_keys():
     assert (share[:, 3:] < 1).all()
 
 
+@pytest.mark.parametrize("pattern", [(4, 0, 0), (4, 3, 2), (1, 0, 0)], ids=str)
+def test_the_log_sum_exp_of_bf16_inputs_is_fp32(pattern):
+    q, k, v = torch.randn(1, 100, 3, 2, 16).to(torch.bfloat16).unbind(2)
+    out, lse = dilated_attention(q, k, v, pattern, return_lse=True)
+    expected, expected_lse = dilated_attention_ref(q.double(), k.double(), v.double(), pattern)
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    assert (out.double() - expected).norm() < TOLERANCE[torch.bfloat16][0] * expected.norm()
+
+
+def test_a_scale_of_zero_weighs_all_visible_keys_alike():
+    q, k, v, _ = projections(1, 9, 1, 4).unbind(2)
+    out, lse = dilated_attention(q, k, v, (4, 1, 0), scale=0.0, return_lse=True)
+    seen = visible(torch.arange(9), torch.arange(9), (4, 1, 0)).double()
+    torch.testing.assert_close(out[0, :, 0], seen @ v[0, :, 0] / seen.sum(1, keepdim=True))
+    torch.testing.assert_close(lse[0, :, 0], seen.sum(1).log())
+
+
 @pytest.mark.parametrize("pattern", [(0, 0, 0), (-2, 1, 1), (4, -1, 0), (4, 0, -1)], ids=str)
 def test_impossible_patterns_are_refused(pattern):
     q, k, v, _ = projections(1, 5, 1, 4).unbind(2)
