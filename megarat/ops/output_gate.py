@@ -13,8 +13,12 @@ from megarat.ops.dispatch import choose_backend
 
 
 def output_gate_ref(x: Tensor, gate: Tensor) -> Tensor:
-    """The formula by torch operations; the result has x's dtype."""
-    return (x * torch.sigmoid(gate)).to(x.dtype)
+    """The formula by torch operations in fp32 (float64 for float64 inputs); the result has x's dtype.
+
+    In bf16 a gate opened by more than 6 would be 1, and its gradient, which holds 1 - sigmoid(gate), 0.
+    """
+    compute = torch.float64 if torch.float64 in (x.dtype, gate.dtype) else torch.float32
+    return (x.to(compute) * torch.sigmoid(gate.to(compute))).to(x.dtype)
 
 
 def output_gate(x_BTHK: Tensor, gate_BTHK: Tensor, *, backend: str | None = None) -> Tensor:
