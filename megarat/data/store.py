@@ -11,6 +11,7 @@ repeated with growing pauses; a file that is gone ends the run at once with its 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import http.client
 import os
@@ -34,6 +35,7 @@ TIMEOUT = 60.0  # seconds without a byte after which a transfer has failed
 
 _OPEN_FILES = 128  # far below the usual limit of 1024 a process
 _PIECE_BYTES = 1 << 20
+_PREFIX_DIGITS = 16  # of the hash of its location, in hexadecimal: the folder of a store's files in the cache
 _EVICTION_SHARE = 0.05  # of the cache: how much is freed at a time, so that listing the folder is rare
 
 T = TypeVar("T")
@@ -142,7 +144,7 @@ class RemoteStore(Store):
     def __init__(self, location: str, transport: Transport, cache: Cache):
         self.location = location
         self._transport, self._cache = transport, cache
-        self._prefix = hashlib.sha256(location.encode()).hexdigest()[:16]
+        self._prefix = hashlib.sha256(location.encode()).hexdigest()[:_PREFIX_DIGITS]
 
     def name(self, file: str) -> str:
         """How messages call a file."""
@@ -426,13 +428,11 @@ class Cache:
         (self._folder / key).unlink(missing_ok=True)
 
     def _list(self) -> Iterator[tuple[float, int, str]]:
-        """(time of last use, size, path) of every file."""
-        for folder, _, names in os.walk(self._folder):
-            for name in names:
-                path = os.path.join(folder, name)
-                with suppress(FileNotFoundError):
-                    found = os.stat(path)
-                    yield found.st_mtime, found.st_size, path
+        """(time of last use, size, path) of every file of a store. A user's own files in the folder are neither counted nor evicted."""
+        for path in glob.iglob(os.path.join(glob.escape(str(self._folder)), "[0-9a-f]" * _PREFIX_DIGITS, "*")):
+            with suppress(FileNotFoundError):
+                found = os.stat(path)
+                yield found.st_mtime, found.st_size, path
 
 
 class _DiskError(Exception):

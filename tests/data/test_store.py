@@ -126,6 +126,19 @@ def test_the_cache_stays_within_its_bound_and_evicts_what_was_used_longest_ago(
     assert_reads_the_stream(reader, corpus)
 
 
+def test_a_users_own_files_in_the_folder_of_the_cache_stay(corpus: Corpus, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    own = [scratch / "results.bin", scratch / "thesis" / "chapter.tar", scratch / "run" / "checkpoints" / "0" / "weights"]
+    for path in own:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(10**5))
+        os.utime(path, (1, 1))  # used longest ago
+    limit = 2 * max(shard.bytes for shard in Index.read(corpus.folder).shards)
+    assert_reads_the_stream(TokenReader(f"pipe:cat {corpus.folder}/{{}}", Cache(scratch, limit)), corpus)
+    assert [path.stat().st_size for path in own] == [10**5] * 3
+    assert 0 < cached_bytes(scratch) - 3 * 10**5 <= limit
+
+
 def test_failures_that_pass_are_repeated_and_lasting_ones_end_with_the_address(
     server: Server, corpus: Corpus, cache: Cache
 ) -> None:
