@@ -2,7 +2,8 @@
 
 The index says where each block of tokens starts, so that a read is arithmetic and a copy. Sizes of all shards of a folder are
 compared when a corpus is opened; each block is compared with its checksum when it is first touched, so that a flipped bit is
-found before it is trained on and at no more cost than reading the block.
+found before it is trained on and at no more cost than reading the block. Blocks of a remote corpus are compared every time: they may
+have been evicted and fetched again in between.
 """
 
 from __future__ import annotations
@@ -110,14 +111,14 @@ class _OpenShard:
         return count
 
     def _tokens(self, block: int, skip: int, count: int) -> TokenArray:
-        """Some tokens of a block; the whole block is read and proven the first time."""
+        """Some tokens of a block; the whole block is read and proven the first time, or each time it may have been fetched again."""
         if self._proven[block]:
             return self._read(block, skip, count)
         tokens = self._read(block, 0, int(self._sizes[block]))
         if not self._is_whole(block, tokens) and self._store.forget(self._extent(block)):
             tokens = self._read(block, 0, int(self._sizes[block]))
         self._prove(block, tokens)
-        self._proven[block] = True
+        self._proven[block] = not self._store.fetches_again
         return tokens[skip : skip + count]
 
     def _read(self, block: int, skip: int, count: int) -> TokenArray:

@@ -56,9 +56,15 @@ class Gone(Exception):
 
 
 class Store(ABC):
-    """Read access to the files of one corpus. `location` names it in messages."""
+    """Read access to the files of one corpus.
+
+    Attributes:
+        location: names it in messages.
+        fetches_again: whether the same bytes may come from afar a second time, so that one proof of them is not enough.
+    """
 
     location: str
+    fetches_again = False
 
     @abstractmethod
     def load(self, file: str) -> bytes:
@@ -139,7 +145,9 @@ class LocalStore(Store):
 
 
 class RemoteStore(Store):
-    """Blocks, or whole shards where the transport has no ranges, fetched into the cache when they are first read."""
+    """Blocks, or whole shards where the transport has no ranges, fetched into the cache when they are read and not in it."""
+
+    fetches_again = True  # by any process of the host that shares the cache
 
     def __init__(self, location: str, transport: Transport, cache: Cache):
         self.location = location

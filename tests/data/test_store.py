@@ -178,6 +178,20 @@ def test_damage_in_the_cache_is_fetched_again_and_damage_at_the_source_is_refuse
         TokenReader(server.url, Cache(tmp_path / "empty", 10**6)).read(256, 4)
 
 
+def test_what_is_fetched_again_is_proven_again(server: Server, corpus: Corpus, cache: Cache, tmp_path: Path) -> None:
+    """A block was read and proven, then evicted; what comes in its place is other bytes of the same length."""
+    reader = TokenReader(server.url, cache)
+    assert np.array_equal(reader.read(0, 10), corpus.stream[:10])
+    for path in (tmp_path / "cache").rglob("*.tar*"):
+        path.unlink()
+    shard = reader.index.shards[0]
+    content = bytearray((corpus.folder / shard.file).read_bytes())
+    content[int(shard.offsets[0])] ^= 1
+    (corpus.folder / shard.file).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{server.url}/000000\.tar: shard is damaged: block 0"):
+        reader.read(0, 10)
+
+
 def test_fsspec_urls_give_the_stream(corpus: Corpus, cache: Cache) -> None:
     import fsspec
 
