@@ -144,8 +144,9 @@ def _is_finished(job: _Job) -> bool:
     index = Index.read(output / "train")
     provenance = job.provenance
     options = {**asdict(Options()), **index.source.get("options", {})}  # an option it does not know is as it was before
-    found = {"tokenizer": index.tokenizer.sha256, "inputs": index.source.get("inputs"), **options}
-    wanted = {"tokenizer": job.tokenizer.sha256, "inputs": provenance["inputs"], **provenance["options"]}
+    found = {"tokenizer": index.tokenizer.sha256, "eos_id": index.eos_id, "inputs": index.source.get("inputs"), **options}
+    wanted = {"tokenizer": job.tokenizer.sha256, "eos_id": job.tokenizer.eos_id, "inputs": provenance["inputs"]}
+    wanted |= provenance["options"]
     if different := [key for key in wanted if found.get(key) != wanted[key]]:
         raise UserError(
             f"{output}: holds a finished corpus made with other {' and other '.join(different)}; give another folder, or remove it"

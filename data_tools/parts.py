@@ -48,7 +48,8 @@ class Part(NamedTuple):
 
 def plan_parts(sources: list[Source], hashes: list[str], tokenizer: Tokenizer, options: Options, part_bytes: int) -> list[Part]:
     """Cuts the input into parts of about `part_bytes`, in order. The same for any number of ranks."""
-    made_by = [tokenizer.sha256, {k: v for k, v in asdict(options).items() if k not in _INDEPENDENT}]
+    # eos_id: a configuration beside the tokenizer's file may name it, and that is not in the hash
+    made_by = [tokenizer.sha256, tokenizer.eos_id, {k: v for k, v in asdict(options).items() if k not in _INDEPENDENT}]
     groups: list[list[Stretch]] = []
     described: list[list[Any]] = []
     room = 0

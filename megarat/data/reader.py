@@ -159,7 +159,7 @@ class BlendReader:
     """Several corpora, one behind the other, in one address space: what the offsets of a `plan.BlendPlan` point into.
 
     Raises:
-        UserError: corpora of different tokenizers.
+        UserError: corpora of different tokenizers, or whose documents end with different ids.
     """
 
     def __init__(self, readers: Sequence[TokenReader], weights: Sequence[float]):
@@ -170,6 +170,11 @@ class BlendReader:
                     f"data.shards: {reader.index.location} was made with {reader.index.tokenizer.name} (SHA-256"
                     f" {reader.index.tokenizer.sha256}), but {first.location} with {first.tokenizer.name} (SHA-256"
                     f" {first.tokenizer.sha256}); corpora of a blend need one tokenizer"
+                )
+            if reader.index.eos_id != first.eos_id:
+                raise UserError(
+                    f"data.shards: documents of {reader.index.location} end with id {reader.index.eos_id}, those of {first.location}"
+                    f" with {first.eos_id}; corpora of a blend need one end-of-text token"
                 )
         self._readers = readers
         self._starts = np.cumsum([0] + [reader.num_tokens for reader in readers])

@@ -99,6 +99,13 @@ def test_corpora_of_different_tokenizers_do_not_blend(two: tuple[str, str]) -> N
         open_corpus(config_of({two[0]: 1, two[1]: 1}))
 
 
+def test_corpora_whose_documents_end_with_different_ids_do_not_blend(two: tuple[str, str]) -> None:
+    index = Path(two[1]) / "train" / "index.json"
+    index.write_text(index.read_text().replace('"eos_id": 2', '"eos_id": 7'))
+    with pytest.raises(UserError, match=r"documents of .*b/train end with id 7, those of .*a/train with 2"):
+        open_corpus(config_of({two[0]: 1, two[1]: 1}))
+
+
 def test_a_limit_in_tokens_keeps_the_rest_of_every_corpus_out(two: tuple[str, str]) -> None:
     limit = 100
     corpus = open_corpus(config_of({two[0]: 1, two[1]: 1}, limit_tokens=limit))

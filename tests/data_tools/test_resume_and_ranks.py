@@ -237,6 +237,24 @@ def test_a_corrected_input_costs_only_its_own_parts(work: Path, tokenizer_file: 
     assert files_of(work / "out") == files_of(work / "whole")
 
 
+def test_parts_made_with_another_end_of_text_are_made_again(
+    work: Path, huggingface_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token's name lies in a file beside the tokenizer's own, whose hash does not change with it."""
+    monkeypatch.setattr(assemble, "write_shard", lambda *_: (_ for _ in ()).throw(Interrupted("interrupted")))
+    with pytest.raises(Interrupted):
+        build_small(work, huggingface_folder, "out")
+    monkeypatch.undo()
+    (huggingface_folder / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
+    result = build_small(work, huggingface_folder, "out")
+    reader = TokenReader(result.train.folder)
+    ids = reader.read(0, reader.num_tokens).tolist()
+    assert (ids.count(1), ids.count(2)) == (0, result.train.total_documents)
+    (huggingface_folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    with pytest.raises(UserError, match="made with other eos_id"):
+        build_small(work, huggingface_folder, "out")
+
+
 @pytest.mark.parametrize("damage", ["cut", "other bytes of the record"])
 def test_a_part_that_is_not_whole_is_made_again(
     work: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch, damage: str
