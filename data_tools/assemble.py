@@ -21,6 +21,7 @@ from data_tools.parts import PartFolder, PartRecord, write_json
 from data_tools.team import Team
 from data_tools.tokenise import Options
 from megarat.data.format import IntArray, Piece, Shard, shard_from_json, shard_to_json, write_shard
+from megarat.errors import UserError
 
 _BUCKETS = 16  # documents are compared in this many groups by their digest: a bound on memory
 _MOST_THREADS = 8  # a shard in the making takes some 400 MB
@@ -134,7 +135,11 @@ class ShardFolder:
         self._stream, self._options, self._fingerprint = stream, options, fingerprint
 
     def write(self, team: Team, threads: int) -> list[Shard]:
-        """Writes this rank's share of what is missing; returns all shards of the side when every rank has done so."""
+        """Writes this rank's share of what is missing; returns all shards of the side when every rank has done so.
+
+        Raises:
+            UserError: from writing; or a shard is not there although its rank has finished.
+        """
         size = self._options.shard_tokens
         numbers = range(-(-self._stream.tokens // size))
         if numbers:
@@ -146,7 +151,16 @@ class ShardFolder:
                     pass
 
             team.together(finish)
-        return [shard for number in numbers if (shard := self._find(number))]
+        return team.together(lambda: [self._written(number) for number in numbers])
+
+    def _written(self, number: int) -> Shard:
+        shard = self._find(number)
+        if shard is None:  # an index without it would be a corpus with a hole
+            raise UserError(
+                f"{self._record(number)}: not there or damaged although its rank has finished; ranks on several hosts need an output on a"
+                " file system that shows all of them the same; start the same command again"
+            )
+        return shard
 
     def _finish(self, team: Team, number: int) -> None:
         team.check()

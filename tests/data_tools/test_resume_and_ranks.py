@@ -295,6 +295,21 @@ def test_a_disk_that_fills_up_among_the_shards_is_named_and_the_build_goes_on_la
     assert files_of(work / "out") == files_of(work / "whole")
 
 
+def test_a_shard_that_no_rank_can_show_is_not_left_out_of_the_index(
+    work: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a file system that hides a file that another host has just written."""
+    write = assemble.write_json
+    monkeypatch.setattr(assemble, "write_json", lambda path, values: None if "train.000001" in path.name else write(path, values))
+    with pytest.raises(UserError, match=r"train\.000001\.json: not there or damaged although its rank has finished"):
+        build_small(work, tokenizer_file, "out")
+    assert not (work / "out").exists()
+    monkeypatch.undo()
+    build_small(work, tokenizer_file, "out")
+    build_small(work, tokenizer_file, "whole")
+    assert files_of(work / "out") == files_of(work / "whole")
+
+
 def test_documents_of_no_and_of_very_many_tokens(work: Path, tokenizer_file: Path) -> None:
     shutil.rmtree(work / "in")
     (work / "in").mkdir()
