@@ -168,6 +168,7 @@ class ShardFolder:
             return
         size = self._options.shard_tokens
         piece = self._stream.read(number * size, min((number + 1) * size, self._stream.tokens))
+        self._record(number).unlink(missing_ok=True)  # should we be killed below, an earlier build's would pass for this shard's
         shard = write_shard(self._folder / f"{number:06d}.tar", piece, self._options.block_tokens)
         write_json(self._record(number), {"fingerprint": self._fingerprint, "shard": shard_to_json(shard)})
 

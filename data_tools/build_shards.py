@@ -285,9 +285,10 @@ def _empty_message(sources: list[Source], held_out: int, left_out: Counter[str])
 
 
 def _copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Puts the tokenizer's files beside the shards, so that the corpus is complete by itself."""
+    """Puts the tokenizer's files beside the shards, so that the corpus is complete by itself. What an earlier build left there goes."""
     with named_errors(folder):
-        folder.mkdir(exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         for file in tokenizer.files:
             shutil.copyfile(file, folder / file.name)
             with open(folder / file.name, "rb") as copied:

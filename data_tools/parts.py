@@ -150,6 +150,9 @@ class _PartWriter:
         self._documents = dict.fromkeys(SIDES, 0)
         self._left_out: Counter[str] = Counter()
         self._files: dict[str, IO[bytes]] = {}
+        record = folder.path(number, "json")
+        with named_errors(record):
+            record.unlink(missing_ok=True)  # should we be killed below, an earlier build's would pass for this part's
         for kind in (f"{side}.{what}" for side in SIDES for what in ("tokens", "documents")):
             path = folder.path(number, kind)
             with named_errors(path):

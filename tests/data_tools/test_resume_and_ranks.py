@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import assemble, sources
+from data_tools import assemble, build_shards, sources
 from data_tools.build_shards import Result, build
 from data_tools.inspect_shards import documents
 from data_tools.sources import Source, find_stretches, read_chunks
@@ -295,6 +295,10 @@ def test_a_disk_that_fills_up_among_the_shards_is_named_and_the_build_goes_on_la
     assert files_of(work / "out") == files_of(work / "whole")
 
 
+def killed(*_: object, **__: object) -> None:
+    raise Interrupted("as by SIGKILL: nothing is cleared up")
+
+
 def test_a_shard_that_no_rank_can_show_is_not_left_out_of_the_index(
     work: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +312,53 @@ def test_a_shard_that_no_rank_can_show_is_not_left_out_of_the_index(
     build_small(work, tokenizer_file, "out")
     build_small(work, tokenizer_file, "whole")
     assert files_of(work / "out") == files_of(work / "whole")
+
+
+def test_shards_of_a_build_that_was_killed_do_not_pass_for_those_of_the_one_before(
+    work: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Build A is stopped when its shards are written, B (with another held-out side) is killed behind its first shard, A goes on."""
+    monkeypatch.setattr(build_shards, "_publish", killed)
+    with pytest.raises(Interrupted):
+        build_small(work, tokenizer_file, "out")
+    monkeypatch.setattr(assemble, "write_json", killed)
+    with pytest.raises(Interrupted):
+        build_small(work, tokenizer_file, "out", seed=1)
+    monkeypatch.undo()
+    build_small(work, tokenizer_file, "out")
+    build_small(work, tokenizer_file, "whole")
+    assert files_of(work / "out") == files_of(work / "whole")
+
+
+def test_parts_of_a_build_that_was_killed_do_not_pass_for_those_of_the_one_before(
+    work: Path, huggingface_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same among the parts: B differs from A in its end-of-text token alone, so that files of both are equally long."""
+    monkeypatch.setattr(assemble, "write_shard", killed)
+    with pytest.raises(Interrupted):
+        build_small(work, huggingface_folder, "out")
+    config = huggingface_folder / "tokenizer_config.json"
+    config.write_text('{"eos_token": "<stop>"}')
+    monkeypatch.setattr("data_tools.parts.write_json", killed)
+    monkeypatch.setattr("data_tools.parts._PartWriter.abandon", lambda self: self._stack.close())
+    with pytest.raises(Interrupted):
+        build_small(work, huggingface_folder, "out")
+    monkeypatch.undo()
+    config.unlink()
+    build_small(work, huggingface_folder, "out")
+    build_small(work, huggingface_folder, "whole")
+    assert files_of(work / "out") == files_of(work / "whole")
+
+
+def test_the_tokenizer_of_a_stopped_build_does_not_lie_beside_the_shards_of_another(
+    work: Path, tokenizer_file: Path, huggingface_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_shards, "_publish", killed)
+    with pytest.raises(Interrupted):
+        build_small(work, huggingface_folder, "out")
+    monkeypatch.undo()
+    build_small(work, tokenizer_file, "out")
+    assert [path.name for path in (work / "out" / "tokenizer").iterdir()] == [tokenizer_file.name]
 
 
 def test_documents_of_no_and_of_very_many_tokens(work: Path, tokenizer_file: Path) -> None:
