@@ -37,6 +37,8 @@ _OPEN_FILES = 128  # far below the usual limit of 1024 a process
 _PIECE_BYTES = 1 << 20
 _PREFIX_DIGITS = 16  # of the hash of its location, in hexadecimal: the folder of a store's files in the cache
 _EVICTION_SHARE = 0.05  # of the cache: how much is freed at a time, so that listing the folder is rare
+_RESERVE_SHARE = 0.1  # of the cache: kept free for what other processes have written since this one listed the folder
+_LISTING_SHARE = _RESERVE_SHARE / 10  # of the cache: what a process writes before it lists the folder again
 
 T = TypeVar("T")
 
@@ -374,10 +376,15 @@ class CachedFile(NamedTuple):
 
 
 class Cache:
-    """Files in a folder, at most `limit` bytes of them together. Several processes of a host may share one folder."""
+    """Files in a folder, at most `limit` bytes of them together. Several processes of a host may share one folder.
+
+    Each of them lists the folder, and evicts what is above `limit` less a reserve, whenever it has written a tenth of the reserve: what
+    ten processes write without looking at each other fits the reserve.
+    """
 
     def __init__(self, folder: Path, limit: int):
         self._folder, self._limit = folder, limit
+        self._room = limit - int(_RESERVE_SHARE * limit)
         self._written = 0  # since the folder was last listed
         self._known = limit  # bytes found then; at first unknown, so that the first file lists the folder
 
@@ -400,11 +407,11 @@ class Cache:
         """
         if size > self._limit:
             raise UserError(f"{name}: {size} bytes do not fit the cache of {self._limit} bytes; raise data.cache_gb")
-        if self._known + self._written + size <= self._limit:
+        if self._known + self._written + size <= self._room and self._written + size <= _LISTING_SHARE * self._limit:
             return
         files = sorted(self._list())
         self._known, self._written = sum(file_size for _, file_size, _ in files), 0
-        target = self._limit - size
+        target = self._room - size
         if self._known > target:
             target = max(0, int(target - _EVICTION_SHARE * self._limit))
         for _, file_size, path in files:
@@ -437,10 +444,12 @@ class Cache:
 
     def _list(self) -> Iterator[tuple[float, int, str]]:
         """(time of last use, size, path) of every file of a store. A user's own files in the folder are neither counted nor evicted."""
-        for path in glob.iglob(os.path.join(glob.escape(str(self._folder)), "[0-9a-f]" * _PREFIX_DIGITS, "*")):
-            with suppress(FileNotFoundError):
-                found = os.stat(path)
-                yield found.st_mtime, found.st_size, path
+        for folder in glob.iglob(os.path.join(glob.escape(str(self._folder)), "[0-9a-f]" * _PREFIX_DIGITS)):
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+                for entry in entries:
+                    with suppress(FileNotFoundError):
+                        found = entry.stat()
+                        yield found.st_mtime, found.st_size, entry.path
 
 
 class _DiskError(Exception):

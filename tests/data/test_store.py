@@ -126,6 +126,19 @@ def test_the_cache_stays_within_its_bound_and_evicts_what_was_used_longest_ago(
     assert_reads_the_stream(reader, corpus)
 
 
+def test_processes_that_share_a_cache_stay_within_its_bound_together(tmp_path: Path) -> None:
+    """A process knows what it wrote itself; here each `Cache` is one of eight."""
+    limit, size = 100_000, 100
+    ranks = [Cache(tmp_path / "cache", limit) for _ in range(8)]
+    for block in range(3 * limit // size):
+        cache = ranks[block % 8]
+        cache.make_room(size, "block")
+        cache.write(f"{'0' * 16}/000000.tar.{block}", size, iter([bytes(size)]))
+        if block % 50 == 0:
+            assert cached_bytes(tmp_path / "cache") <= limit
+    assert cached_bytes(tmp_path / "cache") > 0.8 * limit
+
+
 def test_a_users_own_files_in_the_folder_of_the_cache_stay(corpus: Corpus, tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     own = [scratch / "results.bin", scratch / "thesis" / "chapter.tar", scratch / "run" / "checkpoints" / "0" / "weights"]
