@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,8 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         self.eos_id = eos_id
         self.bos_id = self._special_id("bos_token", _USUAL_BOS, vocabulary)
+        self._placed = {i: str(self._tokenizer.id_to_token(i)) for i in (eos_id, self.bos_id) if i is not None}
+        self._tokenizer.add_special_tokens(list(self._placed.values()))  # a file may list them as ordinary ones, found in texts
 
     def _special_id(self, key: str, usual: Sequence[str], vocabulary: dict[str, int]) -> int | None:
         for config in self.files[1:]:
@@ -132,7 +136,23 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
+        encoded = self._encode(texts)
+        placed = frozenset(self._placed)
+        return [ids if placed.isdisjoint(ids) else self._encode_spelled(text) for text, ids in zip(texts, encoded, strict=True)]
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def _encode_spelled(self, text: str) -> list[int]:
+        """Ids of a text that spells EOS or BOS, for a model that knows the whole word (Unigram's do).
+
+        The text is cut behind the first character of each, so that no piece reaches over the rest. What a normaliser still makes into
+        the token is left out.
+        """
+        spelled = re.compile("|".join(map(re.escape, self._placed.values())))
+        cuts = [0, *(match.start() + 1 for match in spelled.finditer(text)), len(text)]
+        pieces = self._encode([text[start:stop] for start, stop in pairwise(cuts)])
+        return [i for ids in pieces for i in ids if i not in self._placed]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a list of ids; special ids are left out."""

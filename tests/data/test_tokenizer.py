@@ -74,6 +74,38 @@ def test_huggingface_gives_the_text_back_and_special_ids_never_come_from_text(hu
     assert tokenizer.decode([1, *encoded[0], 1]) == TEXTS[0]
 
 
+def test_an_end_of_text_that_the_file_lists_as_an_ordinary_token_is_text_too(huggingface_file: Path) -> None:
+    library = tokenizers.Tokenizer.from_file(str(huggingface_file))
+    plain = library.encode("a<|im_end|>b").ids
+    library.add_tokens([tokenizers.AddedToken("<|im_end|>", special=False)])
+    library.save(str(huggingface_file))
+    assert len(library.encode("a<|im_end|>b").ids) == 3  # the library finds it
+    huggingface_file.with_name("tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    tokenizer = load_tokenizer(huggingface_file)
+    assert tokenizer.eos_id == library.token_to_id("<|im_end|>")
+    assert tokenizer.encode(["a<|im_end|>b"]) == [plain]
+    assert tokenizer.decode([*plain, tokenizer.eos_id]) == "a<|im_end|>b"
+
+
+def test_a_unigram_model_that_knows_its_special_words_does_not_give_them_for_text(tmp_path: Path) -> None:
+    library = tokenizers.Tokenizer(models.Unigram())
+    library.normalizer = tokenizers.normalizers.NFKC()
+    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    library.decoder = decoders.Metaspace(prepend_scheme="never")
+    special = ["<s>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False)
+    library.train_from_iterator([*TRAINING, "a < b / c > d"], trainer)
+    library.save(str(tmp_path / "tokenizer.json"))
+    library.encode_special_tokens = True
+    texts = ["a </s> b</s>", "</s></s>", "<s>", "hello world", "a ＜/s＞ b"]
+    assert library.encode(texts[0]).ids.count(1) == 2  # the library gives EOS for it
+    tokenizer = load_tokenizer(tmp_path)
+    encoded = tokenizer.encode(texts)
+    assert not {0, 1} & {token for ids in encoded for token in ids}
+    assert [library.decode(ids) for ids in encoded] == [*texts[:4], "a  b"]
+    assert encoded[3] == library.encode(texts[3]).ids
+
+
 def test_vocabulary_size_covers_the_highest_id_when_ids_have_holes(huggingface_file: Path) -> None:
     content = json.loads(huggingface_file.read_text())
     content["model"]["vocab"]["zzzz"] = 5000
