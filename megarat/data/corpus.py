@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megarat.config import Config, DataConfig
-from megarat.data.format import Index, check_tokenizer_file
+from megarat.data.format import Index, check_tokenizer_file, load_index
 from megarat.data.plan import BlendPlan, Plan, RandomOffsetPlan, ShuffledPlan
-from megarat.data.reader import BlendReader, Reader, TokenReader, check_vocabulary
+from megarat.data.reader import BlendReader, Reader, TokenReader, check_same_tokenizer, check_vocabulary
 from megarat.data.store import Cache, default_cache_folder, is_remote, join, open_store
 from megarat.data.tokenizer import fetch_tokenizer
 from megarat.errors import UserError
@@ -57,6 +57,22 @@ def open_corpus(config: Config) -> Corpus:
     shares = list(weights.values())
     plan = BlendPlan(plans, [reader.num_tokens for reader in readers], shares)
     return Corpus(BlendReader(readers, shares), plan, parts, readers[0].index)
+
+
+def open_validation(config: Config) -> TokenReader:
+    """Opens the held-out side that a run measures its loss on.
+
+    Raises:
+        UserError: a bad corpus, ids that do not fit `model.vocab`, another tokenizer than that of the training side.
+    """
+    data, cache = config.data, _cache(config.data)
+    reader = TokenReader(join(data.validation or data.primary, "validation"), cache)
+    check_vocabulary(reader.index, config.model.vocab)
+    if data.validation and not data.task:  # a task needs no training side
+        store = open_store(join(data.primary, "train"), cache)
+        primary = Index.parse(load_index(store), store.location)
+        check_same_tokenizer(reader.index, primary, "data.validation", "the loss on other ids would mean nothing")
+    return reader
 
 
 def tokenizer_folder(config: Config, corpus: Corpus) -> Path | None:

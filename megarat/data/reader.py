@@ -165,17 +165,7 @@ class BlendReader:
     def __init__(self, readers: Sequence[TokenReader], weights: Sequence[float]):
         first = readers[0].index
         for reader in readers[1:]:
-            if reader.index.tokenizer.sha256 != first.tokenizer.sha256:
-                raise UserError(
-                    f"data.shards: {reader.index.location} was made with {reader.index.tokenizer.name} (SHA-256"
-                    f" {reader.index.tokenizer.sha256}), but {first.location} with {first.tokenizer.name} (SHA-256"
-                    f" {first.tokenizer.sha256}); corpora of a blend need one tokenizer"
-                )
-            if reader.index.eos_id != first.eos_id:
-                raise UserError(
-                    f"data.shards: documents of {reader.index.location} end with id {reader.index.eos_id}, those of {first.location}"
-                    f" with {first.eos_id}; corpora of a blend need one end-of-text token"
-                )
+            check_same_tokenizer(reader.index, first, "data.shards", "corpora of a blend need one tokenizer")
         self._readers = readers
         self._starts = np.cumsum([0] + [reader.num_tokens for reader in readers])
         self.eos_id, self.dtype = first.eos_id, first.dtype
@@ -217,4 +207,27 @@ def check_vocabulary(index: Index, model_vocab: int) -> None:
         raise UserError(
             f"{index.location}: the tokenizer of these shards ({index.tokenizer.name}) has {index.vocab_size} entries, but"
             f" model.vocab is {model_vocab}: set model.vocab to at least {index.vocab_size}"
+        )
+
+
+def check_same_tokenizer(index: Index, first: Index, key: str, why: str) -> None:
+    """Refuses a corpus whose ids do not mean what those of the `first` one do.
+
+    Args:
+        index: the corpus that the setting `key` names.
+        first: the corpus it goes with.
+        why: what needs that, for the message.
+
+    Raises:
+        UserError: they were made with different tokenizers, or their documents end with different ids.
+    """
+    made_by, wanted = index.tokenizer, first.tokenizer
+    if made_by.sha256 != wanted.sha256:
+        raise UserError(
+            f"{key}: {index.location} was made with {made_by.name} (SHA-256 {made_by.sha256}), but {first.location} with {wanted.name}"
+            f" (SHA-256 {wanted.sha256}); {why}"
+        )
+    if index.eos_id != first.eos_id:
+        raise UserError(
+            f"{key}: documents of {index.location} end with id {index.eos_id}, those of {first.location} with {first.eos_id}; {why}"
         )

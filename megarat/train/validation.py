@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from megarat.config import Config
+from megarat.data.corpus import open_validation
 from megarat.data.loader import MicroBatch, number_documents, own_samples, read_samples, to_micro_batch
 from megarat.data.plan import SequentialPlan
-from megarat.data.reader import TokenReader, check_vocabulary
-from megarat.data.store import join
 from megarat.engine import Engine
 from megarat.errors import UserError
 from megarat.mesh import Mesh
@@ -26,17 +25,16 @@ class Validation:
         self._every = config.train.validate_every
         if not self._every:
             return
-        folder = join(config.data.validation or config.data.primary, "validation")
-        self._reader = TokenReader(folder)
-        check_vocabulary(self._reader.index, config.model.vocab)
+        self._reader = open_validation(config)
         length, step = config.data.sequence_length, config.train.micro_batch * mesh.shape.data
         self._plan = SequentialPlan(self._reader.num_tokens, length)
         limit = config.data.validation_tokens // length or self._plan.samples_per_epoch
         sequences = min(limit, self._plan.samples_per_epoch) // step * step
         if sequences == 0:
             raise UserError(
-                f"train.validate_every is {self._every}, but {folder} (or data.validation_tokens) holds less than one micro-batch of every "
-                f"data rank, {step} sequences of {length} tokens; set train.validate_every=0 or name a larger data.validation"
+                f"train.validate_every is {self._every}, but {self._reader.index.location} (or data.validation_tokens) holds less than one "
+                f"micro-batch of every data rank, {step} sequences of {length} tokens; set train.validate_every=0 or name a larger "
+                "data.validation"
             )
         self._own = own_samples(sequences, config.train.micro_batch, mesh.place.data, mesh.shape.data)
 
