@@ -28,8 +28,8 @@ class Validation:
         self._reader = open_validation(config)
         length, step = config.data.sequence_length, config.train.micro_batch * mesh.shape.data
         self._plan = SequentialPlan(self._reader.num_tokens, length)
-        limit = config.data.validation_tokens // length or self._plan.samples_per_epoch
-        sequences = min(limit, self._plan.samples_per_epoch) // step * step
+        tokens = config.data.validation_tokens or self._reader.num_tokens
+        sequences = min(tokens // length, self._plan.samples_per_epoch) // step * step
         if sequences == 0:
             raise UserError(
                 f"train.validate_every is {self._every}, but {self._reader.index.location} (or data.validation_tokens) holds less than one "

@@ -63,6 +63,14 @@ def test_the_limit_says_how_much_is_read(tmp_path: Path, limit: int, sequences: 
     assert measured(str(tmp_path), validation_tokens=limit) == stream[: sequences * LENGTH].tolist()
 
 
+def test_a_limit_below_one_micro_batch_is_refused_and_is_not_all(tmp_path: Path) -> None:
+    write_side(tmp_path, "train")
+    write_side(tmp_path, "validation")
+    for limit in (1, LENGTH - 1, LENGTH, 2 * LENGTH - 1):
+        with pytest.raises(UserError, match=r"validation \(or data\.validation_tokens\) holds less than one micro-batch"):
+            measured(str(tmp_path), validation_tokens=limit)
+
+
 def test_a_remote_held_out_side_is_cached_where_the_run_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     write_side(tmp_path / "c", "train")
