@@ -17,6 +17,7 @@ import http.client
 import os
 import shlex
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -25,7 +26,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 from megarat.errors import UserError
 
@@ -338,18 +339,22 @@ class PipeTransport(Transport):
     def pieces(self, file: str) -> Iterator[bytes]:
         """The contents of a file."""
         command = self._command.replace("{}", shlex.quote(file))
-        process: Any = subprocess.Popen(
-            command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        try:
-            while piece := process.stdout.read(_PIECE_BYTES):
-                yield piece
-            said = process.stderr.read().decode(errors="replace").strip()
-            if process.wait():
-                raise OSError(f"the command ended with exit code {process.returncode}: {said[-300:]}")
-        finally:
-            process.kill()
-            process.communicate()
+        with tempfile.TemporaryFile() as said:  # a pipe that nobody empties would stop a command that says much
+            process: Any = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said)
+            try:
+                while piece := process.stdout.read(_PIECE_BYTES):
+                    yield piece
+                if process.wait():
+                    raise OSError(f"the command ended with exit code {process.returncode}: {_end_of(said)}")
+            finally:
+                process.kill()
+                process.communicate()
+
+
+def _end_of(file: IO[bytes]) -> str:
+    """The last words of a text."""
+    file.seek(-min(300, file.seek(0, os.SEEK_END)), os.SEEK_END)
+    return file.read().decode(errors="replace").strip()
 
 
 def _open_transport(location: str) -> Transport:

@@ -228,6 +228,14 @@ def test_a_pipe_gives_the_stream_and_says_why_it_failed(corpus: Corpus, cache: C
         TokenReader("pipe:cat x", cache)
 
 
+def test_a_command_that_says_more_than_a_pipe_holds_does_not_stand_still(corpus: Corpus, cache: Cache) -> None:
+    talk = "head -c 300000 /dev/zero | tr '\\0' x >&2"
+    reader = TokenReader(f'pipe:timeout 5 sh -c "{talk}" && cat {corpus.folder}/{{}}', cache)
+    assert np.array_equal(reader.read(0, 20), corpus.stream[:20])
+    with pytest.raises(UserError, match=r"exit code 3: x{290}x+ lost$"):
+        TokenReader(f"pipe:timeout 5 sh -c \"{talk}\"; echo ' lost' >&2; exit 3 {{}}", cache)
+
+
 def test_a_shard_cut_on_its_way_is_not_taken_for_whole(corpus: Corpus, cache: Cache, tmp_path: Path) -> None:
     cut = f"pipe:case {{}} in *.tar) head -c 700 {corpus.folder}/{{}};; *) cat {corpus.folder}/{{}};; esac"
     with pytest.raises(UserError, match=r"tried 3 times; the last error: 700 bytes came where the index says"):
