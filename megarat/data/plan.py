@@ -122,7 +122,7 @@ class BlendPlan:
 
     With the shares a_0, a_1, … of the corpora, corpus 0 takes position p when floor((p + 1) a_0) > floor(p a_0), that is, as
     evenly as integers can; the positions it leaves are counted from 0 and shared out among the others in the same way. After any
-    number of positions every corpus is within two samples of its share. Nothing is stored: which corpus, and how many of its
+    number of positions each of N corpora is less than N samples off its share. Nothing is stored: which corpus, and how many of its
     samples came before, is arithmetic on p. Corpora may be of any size; each has its own epochs.
 
     The corpora lie one behind the other in one address space, in which `starts` gives offsets (`reader.BlendReader` reads it).
