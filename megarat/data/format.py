@@ -577,6 +577,8 @@ def _parse_index(fields: _Fields, location: str) -> Index:
     if not shards:
         raise fields.error("shards", "is empty: the corpus holds no tokens")
     made_by = fields.inside("tokenizer", fields.get("tokenizer", dict))
+    if (file := made_by.get("name", str)) != Path(file).name:  # a run writes a remote corpus' tokenizer under it
+        raise made_by.error("name", f"is {file!r}, expected the name of a file")
     return Index(
         location=location,
         dtype=dtype,

@@ -135,6 +135,10 @@ def test_verify_names_every_missing_truncated_and_flipped_shard(corpus: Corpus) 
         ({"shards": []}, "`shards` is empty"),
         ({"shards": [3]}, r"`shards\[0\]` is 3"),
         ({"tokenizer": {"name": "x", "kind": "y"}}, "`tokenizer.sha256` is missing"),
+        (
+            {"tokenizer": {"name": "../../x", "kind": "y", "sha256": "z"}},
+            r"`tokenizer\.name` is '\.\./\.\./x', expected the name",
+        ),
     ],
 )
 def test_an_inconsistent_index_is_refused_by_the_key_at_fault(corpus: Corpus, changes: dict[str, object], named: str) -> None:
