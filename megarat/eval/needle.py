@@ -153,15 +153,15 @@ class NeedleMaker:
         return len(self._tokenizer.encode([text])[0])
 
 
-def read_essay(path: str | Path) -> list[str]:
-    """The sentences of a local text. Raises ``UserError`` when it cannot be read or has none."""
+def read_essay(path: str | Path, setting: str = "--needle-text") -> list[str]:
+    """The sentences of a local text, which ``setting`` names. Raises ``UserError`` when it cannot be read or has none."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--needle-text {path}: cannot read it as UTF-8 text: {error}") from None
+        raise UserError(f"{setting} {path}: cannot read it as UTF-8 text: {error}") from None
     sentences = [sentence for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if sentence]
     if not sentences:
-        raise UserError(f"--needle-text {path}: holds no text")
+        raise UserError(f"{setting} {path}: holds no text")
     return sentences
 
 

@@ -38,7 +38,7 @@ class TaskLoader(PairSource):
             raise UserError(f"{tokenizer.file}: has {tokenizer.vocab_size} entries, but model.vocab is {config.model.vocab}")
         self._tasks = needle_tasks(data.task)
         self._tokenizer, self._length, self._seed = tokenizer, data.sequence_length, train.seed
-        essay = read_essay(data.task_text) if data.task_text else None
+        essay = read_essay(data.task_text, "data.task_text") if data.task_text else None
         self._maker = NeedleMaker(tokenizer, data.sequence_length - ANSWER_TOKENS, seed=train.seed, essay=essay)
         self._global_batch, self._micro_batch = train.global_batch, train.micro_batch
         self._own = own_samples(train.global_batch, train.micro_batch, data_rank, data_size)

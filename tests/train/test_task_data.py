@@ -124,6 +124,11 @@ def test_a_tokenizer_beyond_the_model_is_refused(shards, tokenizer):
         TaskLoader(settings, tokenizer)
 
 
+def test_a_text_that_is_none_is_named_by_its_setting(shards, tokenizer):
+    with pytest.raises(UserError, match=r"^data\.task_text /nowhere: cannot read it"):
+        TaskLoader(config(shards, data={"task_text": "/nowhere"}), tokenizer)
+
+
 def test_an_answer_longer_than_its_room_is_refused(shards, tokenizer, monkeypatch):
     monkeypatch.setattr("megarat.train.task_data.ANSWER_TOKENS", -200)  # so that prompts leave no room at all
     with pytest.raises(UserError, match=r"has 7 tokens of tokenizer\.json, more than the"):
