@@ -104,13 +104,12 @@ class EngineThread(threading.Thread):
         try:
             while not self._stopping:
                 self._take()
-                while self.busy and not self._stopping:
-                    for engine in self._engines:
-                        if engine.busy:
-                            self._step(engine)
-                    self._take()
-                self._work.wait(_ROLL_CALL_S)
-                self._work.clear()
+                for engine in self._engines:  # even if asked to stop by now: the others have heard what was taken, and step
+                    if engine.busy:
+                        self._step(engine)
+                if not self.busy:
+                    self._work.wait(_ROLL_CALL_S)
+                    self._work.clear()
             _tell(None, self._group)
         except Exception as error:  # ranks that share a model have lost each other: nobody can be served any more
             self.error, self._stopping = error, True

@@ -217,6 +217,42 @@ def test_a_server_of_ranks_that_share_a_model_answers_like_one_process(checkpoin
     assert answers[0]["usage"]["completion_tokens"] == 60
 
 
+class Endless(Letters):
+    """No token ends a text."""
+
+    eos_id = tiny_run.VOCAB
+
+
+def stopped_while_it_answers(arguments: list[str]) -> int:
+    """One rank of ``megarat serve`` that hears SIGTERM in the middle of a long answer; the exit code."""
+    text.find_tokenizer = lambda model, named: Endless()
+    err = io.StringIO()
+    if int(os.environ["RANK"]) == 0:
+        threading.Thread(target=listen_and_stop, args=(err,), daemon=True).start()
+    with contextlib.redirect_stderr(err):
+        return cli.main(arguments)
+
+
+def listen_and_stop(err: io.StringIO) -> None:
+    """SIGTERM behind the first piece of a stream whose client stays to its end."""
+    while (found := re.search(r"listening on http://[^:]*:([0-9]+)", err.getvalue())) is None:
+        time.sleep(0.05)
+    connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=300)
+    body = {"prompt": "abc", "max_tokens": 20000, "temperature": 0, "stream": True}
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    stream = connection.getresponse()
+    stream.readline()
+    os.kill(os.getpid(), signal.SIGTERM)
+    stream.read()
+
+
+def test_a_server_of_ranks_that_share_a_model_ends_in_the_middle_of_an_answer(checkpoint):
+    """What the others were told to step, the first steps as well, or they would wait for it in a collective."""
+    arguments = ["serve", str(checkpoint), "--device", "cpu", "--port", "0", "--rows", "1", "--max-length", "20100"]
+    arguments += ["--pattern", "D=4,W=2", "--tensor", "2"]
+    assert worlds.run(2, stopped_while_it_answers, arguments, timeout_s=120) == [0, 0]
+
+
 def test_a_server_is_one_model(monkeypatch):
     monkeypatch.setattr(distributed, "get_world_size", lambda: 4)
     with pytest.raises(UserError, match="--tensor 2: 4 processes were started, but a server is one model; start 2 for it"):
