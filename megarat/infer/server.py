@@ -338,8 +338,9 @@ class Handler(BaseHTTPRequestHandler):
 
 def _has_gone(connection: socket.socket) -> bool:
     """Whether the other side has closed. A request that is already following does not mean so."""
-    readable, _, _ = select.select([connection], [], [], 0)
-    return bool(readable) and connection.recv(1, socket.MSG_PEEK) == b""
+    look = select.poll()  # select() itself refuses descriptors from 1024 on, which a thousand clients have
+    look.register(connection, select.POLLIN)
+    return bool(look.poll(0)) and connection.recv(1, socket.MSG_PEEK) == b""
 
 
 def _choice(index: int, text: str, finish: str | None) -> dict[str, Any]:

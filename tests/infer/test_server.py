@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -259,6 +261,24 @@ def test_a_client_that_goes_away_is_noticed_however_fast_the_steps_are(server, m
             time.sleep(0.01)
     wait_until_idle(server)
     assert [generation.finish for generation in engine._waiting] == ["cancelled"]
+
+
+def test_more_connections_are_served_than_select_can_watch(server, model, monkeypatch):
+    """Beside a thousand others a connection has a descriptor that ``select`` refuses."""
+    monkeypatch.setattr("megarat.infer.server._POLL_S", 0.0)  # every update looks whether the client is still there
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    with contextlib.ExitStack() as others:
+        for _ in range(1100):
+            others.enter_context(open(os.devnull))
+        answer = ask(server, {"prompt": "hello", "max_tokens": 12, "temperature": 0})[1]
+        body = json.dumps({"prompt": "x", "max_tokens": 390, "n": 3, "temperature": 0, "stream": True}).encode()
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=120) as gone:
+            gone.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            gone.recv(64)
+        wait_until_idle(server)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert answer["choices"][0]["text"] == expected(model, "hello", 12)
 
 
 def test_the_extremes_of_drawing_are_served(server):
