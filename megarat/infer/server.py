@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from megarat.infer.load import LoadedModel
 
 _MAX_BODY = 64 << 20  # bytes of a request
+_DIGITS = 20  # of its length: int() refuses thousands of them
 _MAX_CHOICES = 128  # prompts x n of a request
 _MAX_STOPS = 64  # every one is looked for at every token
 _POLL_S = 0.2  # between looks at whether a waiting client is still there
@@ -249,9 +250,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_body(self) -> bytes | None:
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > _MAX_BODY:
+        if not length.isdecimal() or len(length) > _DIGITS or int(length) > _MAX_BODY:
             self.close_connection = True  # what follows cannot be told from a next request
-            self._refuse(400, f"Content-Length is {length!r}; expected the bytes of the body, at most {_MAX_BODY}")
+            self._refuse(400, f"Content-Length is {length!r:.80}; expected the bytes of the body, at most {_MAX_BODY}")
             return None
         return self.rfile.read(int(length))
 

@@ -217,7 +217,7 @@ def test_what_is_malformed_is_refused_by_name_and_the_server_goes_on(server, mod
     )
 
 
-@pytest.mark.parametrize("length", ["-1", "ten", "", str(1 << 40)])
+@pytest.mark.parametrize("length", ["-1", "ten", "", str(1 << 40), "9" * 5000])
 def test_a_body_of_no_known_length_is_refused(server, length):
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=120) as connection:
         connection.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode())
