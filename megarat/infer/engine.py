@@ -21,6 +21,7 @@ from megarat.model.lm import RATPlusLM
 
 Finish = Literal["stop", "length", "cancelled"]
 _READ_TOKENS = 16384  # of prompts read between two steps while others wait for theirs
+_NO_CHARACTER = "\ufffd"  # what bytes that are no whole character are decoded to
 _CONTEXT = 8  # last tokens of a prompt that are decoded with the answer, so that spaces and split characters come out right
 
 
@@ -89,12 +90,18 @@ class Generation:
             return
         self._window += self.ids[self._read :]
         self._read = len(self.ids)
-        before = self._tokenizer.decode(self._window[: self._settled]).rstrip("\ufffd")
-        text = self._tokenizer.decode(self._window)
-        if self.finish is not None or not text.endswith("\ufffd"):
-            self._whole += text.removeprefix(before)
-            self._window = [] if self.finish is not None else self._window[self._settled :] or self._window
-            self._settled = len(self._window)
+        context, text = self._tokenizer.decode(self._window[: self._settled]), self._tokenizer.decode(self._window)
+        if self.finish is None and text.endswith(_NO_CHARACTER):
+            return
+        before, new = context.rstrip(_NO_CHARACTER), self._window[self._settled :]
+        # A byte that fits no character can spoil the characters in front of it, which were shown whole.
+        piece = text.removeprefix(before) if text.startswith(before) else self._tokenizer.decode(new)
+        self._whole += piece
+        if self.finish is not None:
+            self._window = []
+        elif piece and before == context and _NO_CHARACTER not in piece:  # else the new tokens cannot be read on their own
+            self._window = new
+        self._settled = len(self._window)
 
 
 @dataclass

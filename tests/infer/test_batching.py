@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 
 from megarat.config import ModelConfig
 from megarat.errors import UserError
@@ -146,6 +147,42 @@ def test_half_a_character_is_not_shown():
         generation.add(byte)
         shown.append(generation.text)
     assert shown == ["", "é", "é!"] and generation.finish == "length"
+
+
+class ByteFallback:
+    """Llama's way with a `tokenizer.json`: a run of bytes is text as a whole or not at all, and the first space is left out."""
+
+    def __init__(self) -> None:
+        words = ["<s>", "\u2581one", "\u2581two", "!"]
+        vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {word: 256 + n for n, word in enumerate(words)}
+        self._tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+        self._tokenizer.add_special_tokens(["<s>"])
+        steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        self._tokenizer.decoder = decoders.Sequence(steps)
+
+    def decode(self, ids):
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+BOS, ONE, TWO, MARK = range(256, 260)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "texts"),
+    [
+        ([ONE, *"é".encode()], [0xFF, MARK], ["", "\ufffd!"]),  # a byte that fits no character does not say the prompt again
+        ([ONE, *"€".encode()[:1]], [*"€".encode()[1:], MARK], ["", "€", "€!"]),  # a character that began in the prompt
+        ([ONE], [*"é".encode(), 0xFF, TWO], ["", "é", "é", "é\ufffd two"]),
+        ([ONE], [MARK, BOS, TWO], ["!", "!", "! two"]),  # a token without text leaves the space in front of the next
+    ],
+)
+def test_what_was_read_or_shown_is_not_shown_again_and_no_space_is_lost(prompt, answer, texts):
+    generation = engine_module.Generation(Request(prompt, len(answer) + 1), ByteFallback())
+    shown = []
+    for token in answer:
+        generation.add(token)
+        shown.append(generation.text)
+    assert shown == texts
 
 
 def test_a_cancelled_request_frees_its_row_and_disturbs_nobody(model):
