@@ -68,7 +68,7 @@ class Scorer:
                 tokens,
                 GREEDY,
                 (self._tokenizer.eos_id,),
-                tuple(stops),
+                tuple(filter(None, stops)),  # a task may name "", which the harness passes over: it would end every text at once
             )
             for ids, (_, stops, tokens) in zip(encoded, prompts, strict=True)
         ]

@@ -118,7 +118,7 @@ def test_generated_text_ends_before_the_first_stop(model):
     assert len(free) >= 6
     stop, late = free[3:5], free[5:6]
     at = min(free.find(stop), free.find(late))
-    assert scorer(model).until([("the", [late, stop], 12), ("the", ["nowhere"], 12), ("the", [], 4)]) == [
+    assert scorer(model).until([("the", [late, "", stop], 12), ("the", ["nowhere", ""], 12), ("the", [], 4)]) == [
         free[:at],
         free,
         Pairs().decode(list(free.encode().replace(b"ab", b"\x80"))[:4]),
