@@ -109,15 +109,16 @@ def _fill_definitions(folder: Path, tasks: Sequence[str], lm_eval: Path, work: P
 
 
 def _row(pattern: str, task: str, found: dict[str, Any], seconds: float) -> HarnessScore:
-    named = {
-        name.partition(",")[0]: value for name, value in found["results"][task].items() if "," in name
-    }  # "acc,none": name, filter
-    numbers = {name: float(value) for name, value in named.items() if isinstance(value, (int, float))}  # no stderr reads "N/A"
+    numbers = {  # "acc,none" is metric and filter; other filters keep their name, for a task may read an answer by several
+        name.removesuffix(",none"): float(value)
+        for name, value in found["results"][task].items()
+        if "," in name and isinstance(value, (int, float))  # no stderr reads "N/A"
+    }
     return HarnessScore(
         pattern=pattern,
         task=task,
-        metrics={name: value for name, value in numbers.items() if not name.endswith("_stderr")},
-        stderr={name.removesuffix("_stderr"): value for name, value in numbers.items() if name.endswith("_stderr")},
+        metrics={name: value for name, value in numbers.items() if "_stderr" not in name},
+        stderr={name.replace("_stderr", ""): value for name, value in numbers.items() if "_stderr" in name},
         samples=found["n-samples"][task]["effective"],
         version=found["versions"][task],
         seconds=seconds,

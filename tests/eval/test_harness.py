@@ -120,6 +120,22 @@ def test_generation_requests_are_read_and_sampling_is_refused():
         harness._generation("p", {"temperature": 0.7})
 
 
+def test_every_filter_of_a_metric_has_its_number():
+    results = {
+        "alias": "gsm8k",
+        "exact_match,strict-match": 0.25,
+        "exact_match_stderr,strict-match": 0.01,
+        "exact_match,flexible-extract": 0.5,
+        "exact_match_stderr,flexible-extract": "N/A",
+        "acc,none": 1,
+        "acc_stderr,none": 0.02,
+    }
+    found = {"results": {"gsm8k": results}, "n-samples": {"gsm8k": {"effective": 4}}, "versions": {"gsm8k": 3.0}}
+    row = harness._row("dense", "gsm8k", found, 1.0)
+    assert row.metrics == {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 0.5, "acc": 1.0}
+    assert row.stderr == {"exact_match,strict-match": 0.01, "acc": 0.02}
+
+
 def test_the_table_and_the_documentation_show_every_field():
     row = HarnessScore("dense", "piqa", {"acc": 0.5, "bits": 2.0}, {"acc": 0.125}, 4, 1.0, 0.1).to_dict()
     assert "| dense | acc 0.5 ± 0.12, bits 2 |" in table({"tasks": {"harness": [row]}})
