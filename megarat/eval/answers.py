@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from megarat.data.tokenizer import Tokenizer
 from megarat.errors import UserError
+from megarat.heartbeat import beat
 from megarat.infer.engine import Engine, Request
 from megarat.infer.reading import Reading
 from megarat.model.lm import RATPlusLM
@@ -27,8 +28,8 @@ class Answerer:
         self._engine: Engine | None = None
 
     def answers(self, reading: Reading, requests: Sequence[Request]) -> list[str]:
-        """The text of each answer."""
-        return [generation.text for generation in self.engine(reading).run(requests)]
+        """The text of each answer; every step of the engine is a sign of life."""
+        return [generation.text for generation in self.engine(reading).run(requests, lambda _: beat())]
 
     def engine(self, reading: Reading) -> Engine:
         """The engine of a reading; that of the one before is given back first."""

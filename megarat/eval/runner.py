@@ -29,6 +29,7 @@ from megarat.eval.retrieval import NeedleRun, NeedleScore
 from megarat.eval.speed import speed_items
 from megarat.eval.tasks import parse_tasks
 from megarat.eval.together import Together
+from megarat.heartbeat import beat
 from megarat.infer.cache import cache_bytes
 from megarat.infer.load import LoadedModel, join_ranks, load
 from megarat.infer.reading import Reading, ReadingSpec
@@ -179,6 +180,7 @@ def _harness(
 
     def score(reading: Reading, task: str) -> dict[str, Any]:
         scorer = Scorer(model.lm, reading, tokenizer, batch=settings.micro_batch, max_length=length)
+        scorer.on_answers = lambda _: beat()  # a whole task can take longer than a job may be silent
         [row] = run_harness(scorer, str(reading), [task], folder, settings.limit)
         return replace(row, cache_bytes_per_sequence=cache_bytes(model.config, reading, length)).to_dict()
 

@@ -11,12 +11,18 @@ from pathlib import Path
 import pytest
 
 from data_tools.prepare_eval import SOURCES, override
+from megarat import heartbeat
 from megarat.errors import UserError
-from megarat.eval import harness
+from megarat.eval import harness, runner
+from megarat.eval.answers import Answerer
 from megarat.eval.harness import HarnessScore, check_tasks, run_harness
 from megarat.eval.likelihood import Scorer
-from megarat.eval.runner import table
+from megarat.eval.queue import Work
+from megarat.eval.runner import EvalSettings, table
 from megarat.eval.tasks import parse_tasks
+from megarat.eval.together import Together
+from megarat.infer.engine import Request
+from megarat.infer.load import LoadedModel
 from megarat.infer.reading import Reading
 from megarat.model.pattern import resolve
 
@@ -118,6 +124,36 @@ def test_generation_requests_are_read_and_sampling_is_refused():
     assert harness._generation("p", {"until": ["a", "b"], "max_gen_toks": 7}) == ("p", ["a", "b"], 7)
     with pytest.raises(UserError, match="a task asks for sampling"):
         harness._generation("p", {"temperature": 0.7})
+
+
+def test_a_piece_of_work_gives_signs_of_life_on_its_way(published, monkeypatch, tmp_path):
+    """A task of the harness, or prompts of a long answer, may take hours on one process; a job without a sign of life is killed."""
+    file = tmp_path / "heartbeat"
+    file.write_text("7.0")
+    monkeypatch.setenv("MEGARAT_HEARTBEAT", str(file))
+    monkeypatch.setenv("MEGARAT_START", "7.0")
+    monkeypatch.setattr(heartbeat, "_EVERY_S", 0.0)
+    seen = []
+
+    def ages(work) -> bool:
+        monkeypatch.setattr(heartbeat, "_next", 0.0)
+        os.utime(file, (1, 1))
+        work()
+        return file.stat().st_mtime == 1
+
+    def task(scorer, pattern, tasks, folder, limit):
+        seen.append(ages(lambda: scorer.continuations([("one", " two")])))
+        seen.append(ages(lambda: scorer.until([("one", [], 3)])))
+        return [HarnessScore(pattern, tasks[0], {}, {}, 1, 1.0, 1.0)]
+
+    model = LoadedModel(published, resolve("dense", 2, 2), tmp_path)
+    monkeypatch.setattr(runner, "run_harness", task)
+    monkeypatch.setattr(runner, "check_tasks", lambda folder, tasks: folder)
+    monkeypatch.setattr(runner, "find_tokenizer", lambda model, named: Bytes())
+    runner._harness(model, [Reading(model.patterns)], ["piqa"], 64, EvalSettings([], progress=False), Together(Work(None), None))
+    answerer = Answerer(published, Bytes(), batch=1, capacity=16)
+    seen.append(ages(lambda: answerer.answers(Reading(model.patterns), [Request([1, 2], 3)])))
+    assert seen == [False, False, False]
 
 
 def test_every_filter_of_a_metric_has_its_number():
