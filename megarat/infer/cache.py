@@ -140,7 +140,7 @@ class SparseCache:
         """``heads`` are those of the rank where ranks share a model; None: all."""
         heads = range(config.heads) if heads is None else heads
         reading = reading if isinstance(reading, Reading) else Reading(reading)
-        check_fits(batch, cache_bytes(config, reading, capacity, dtype) * len(heads) // config.heads, capacity, device)
+        check_fits(batch, cache_bytes(config, reading, capacity, dtype, heads), capacity, device)
         self.reading = reading
         self.capacity = capacity
         self.lengths_B = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -237,13 +237,21 @@ def _within(pattern: Pattern, capacity: int) -> Pattern:
     return pattern._replace(window=min(pattern.window, capacity), initial=min(pattern.initial, capacity))
 
 
-def cache_bytes(config: ModelConfig, reading: Reading | Patterns, length: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes one sequence of up to ``length`` tokens keeps while decoding.
+def cache_bytes(
+    config: ModelConfig,
+    reading: Reading | Patterns,
+    length: int,
+    dtype: torch.dtype = torch.bfloat16,
+    heads: range | None = None,
+) -> int:
+    """Bytes one sequence of up to ``length`` tokens keeps while decoding, of some of the heads where ranks share a model (None: all).
 
-    Per layer: 2 K bytes(dtype) (I + W + floor(length / D) - floor(I / D)) for each head, and 8 C for the fp32 state of k~ and v~. Top-k
+    Per layer: 2 K bytes(dtype) (I + W + floor(length / D) - floor(I / D)) for each head, and 8 K for its fp32 state of k~ and v~. Top-k
     keeps what a dense cache keeps; SnapKV its share of a prompt and the answer.
     """
+    heads = range(config.heads) if heads is None else heads
     reading = reading if isinstance(reading, Reading) else Reading(reading)
-    slots = sum(len(group.heads) * _slots(group.pattern, reading, length) for _, group in layer_groups(reading.kept))
-    state = 8 * config.hidden * config.layers if config.recurrence else 0
+    kept = tuple(layer.part(heads) for layer in reading.kept)
+    slots = sum(len(group.heads) * _slots(group.pattern, reading, length) for _, group in layer_groups(kept))
+    state = 8 * config.head_dim * len(heads) * config.layers if config.recurrence else 0
     return 2 * config.head_dim * dtype.itemsize * slots + state

@@ -419,8 +419,11 @@ def _engines(
     from megarat.infer.memory import check_fits
 
     capacity = max_length or load_state(model.checkpoint).config.data.sequence_length
-    ranks = model.lm.ranks
-    sizes = [cache_bytes(model.config, reading, capacity, model.lm.embedding.weight.dtype) // ranks.size for reading in readings]
+    ranks, dtype, own = model.lm.ranks, model.lm.embedding.weight.dtype, len(model.lm.own_heads)
+    shares = [
+        range(rank * own, (rank + 1) * own) for rank in range(ranks.size)
+    ]  # patterns may differ by head: the largest counts
+    sizes = [max(cache_bytes(model.config, reading, capacity, dtype, share) for share in shares) for reading in readings]
     for reading, size in zip(readings, sizes, strict=True):
         if ranks.rank == 0:
             shared = f" on each of {ranks.size} ranks" if ranks.size > 1 else ""

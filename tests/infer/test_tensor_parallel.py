@@ -23,7 +23,8 @@ import megarat
 from megarat import cli, mesh
 from megarat.errors import UserError
 from megarat.eval.perplexity import batch_loss
-from megarat.infer import text
+from megarat.infer import cache, text
+from megarat.infer.cache import SparseCache
 from megarat.infer.load import LoadedModel, load
 from megarat.infer.sampling import Sampling
 from megarat.infer.server import _ranks_of_one_model
@@ -215,6 +216,25 @@ def test_a_server_of_ranks_that_share_a_model_answers_like_one_process(checkpoin
     assert code == 0
     assert [len(answer["choices"]) for answer in answers] == [2, 2, 1]
     assert answers[0]["usage"]["completion_tokens"] == 60
+
+
+def held_and_said(checkpoint: Path) -> list[tuple[int, int]]:
+    """Of each reading, the bytes of cache this rank holds for a sequence, and those it asks for."""
+    ranks = TensorParallel(mesh.start("cpu", tensor=2).group(mesh.TENSOR))
+    model = load(checkpoint, device="cpu", ranks=ranks)
+    asked: list[int] = []
+    cache.check_fits = lambda batch, size, length, device: asked.append(size)
+    held = [SparseCache(model.config, model.reading(spec), 1, 64, torch.float32, "cpu", model.lm.own_heads) for spec in READINGS]
+    return [(own.bytes, size) for own, size in zip(held, asked, strict=True)]
+
+
+def test_a_rank_asks_for_the_memory_of_its_own_heads(checkpoint):
+    """Heads of one layer may have patterns of very different size."""
+    ranks = worlds.run(2, held_and_said, checkpoint)
+    assert all(held == said for found in ranks for held, said in found)
+    model = megarat.load(checkpoint, device="cpu")
+    whole = [SparseCache(model.config, model.reading(spec), 1, 64, torch.float32, "cpu").bytes for spec in READINGS]
+    assert [first[0] + second[0] for first, second in zip(*ranks, strict=True)] == whole
 
 
 class Endless(Letters):
