@@ -10,6 +10,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+from torch import distributed
+
+from megarat import comm
 from megarat.data.tokenizer import Tokenizer
 from megarat.eval.queue import Item, short_hash
 from megarat.infer.cache import cache_bytes
@@ -66,7 +70,8 @@ def speed_items(model: RATPlusLM, readings: Sequence[Reading], length: int, batc
 def measure(model: RATPlusLM, reading: Reading, length: int, batch: int) -> dict[str, Any]:
     """The row of one reading, with prompts that fill ``length`` tokens but for the steps; all 0 where not one sequence fits."""
     weight = model.embedding.weight
-    rows = min(batch, largest_batch(cache_bytes(model.config, reading, length, weight.dtype), weight.device))
+    fitting = min(batch, largest_batch(cache_bytes(model.config, reading, length, weight.dtype), weight.device))
+    rows = _fewest(fitting, model.ranks, weight.device)
     new = max(2, min(_STEPS, length // 2))
     prompt = [1 + n % (model.config.vocab - 1) for n in range(max(1, length - new))]
     size = cache_bytes(model.config, reading, length)
@@ -87,6 +92,15 @@ def measure(model: RATPlusLM, reading: Reading, length: int, batch: int) -> dict
         decode_tokens_per_s=rows / median(steps[len(steps) // 3 :]),
         cache_bytes_per_sequence=size,
     ).to_dict()
+
+
+def _fewest(rows: int, ranks: comm.Ranks, device: torch.device) -> int:
+    """The smallest number of all ranks that share the model: not all have the same memory free, and all must take the same step."""
+    if ranks.size == 1:
+        return rows
+    fewest = torch.tensor(rows, device=device)
+    distributed.all_reduce(fewest, distributed.ReduceOp.MIN, group=ranks.group)
+    return int(fewest)
 
 
 def _seconds(run: Callable[[], object]) -> float:

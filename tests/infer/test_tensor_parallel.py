@@ -22,6 +22,7 @@ from torch import distributed
 import megarat
 from megarat import cli, mesh
 from megarat.errors import UserError
+from megarat.eval import speed
 from megarat.eval.perplexity import batch_loss
 from megarat.infer import cache, text
 from megarat.infer.cache import SparseCache
@@ -235,6 +236,18 @@ def test_a_rank_asks_for_the_memory_of_its_own_heads(checkpoint):
     model = megarat.load(checkpoint, device="cpu")
     whole = [SparseCache(model.config, model.reading(spec), 1, 64, torch.float32, "cpu").bytes for spec in READINGS]
     assert [first[0] + second[0] for first, second in zip(*ranks, strict=True)] == whole
+
+
+def sequences_timed(checkpoint: Path) -> int:
+    """Decoded together where this rank has room for three, or for four."""
+    ranks = TensorParallel(mesh.start("cpu", tensor=2).group(mesh.TENSOR))
+    model = load(checkpoint, device="cpu", ranks=ranks)
+    speed.largest_batch = lambda size, device: 4 - ranks.rank
+    return speed.measure(model.lm, model.reading("dense"), 64, 8)["sequences"]
+
+
+def test_ranks_with_unequal_memory_time_the_same_number_of_sequences(checkpoint):
+    assert worlds.run(2, sequences_timed, checkpoint, timeout_s=120) == [3, 3]
 
 
 class Endless(Letters):
