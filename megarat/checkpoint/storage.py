@@ -81,8 +81,8 @@ class _HashingFiles(FileSystem):
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
         """A file that is hashed while it is written."""
-        with Path(path).open(mode) as file:
-            stream = _HashingFile(cast(io.BufferedWriter, file))
+        with self._open(path, mode) as file:
+            stream = _HashingFile(file)
             try:
                 yield cast(io.IOBase, stream)
                 file.flush()
@@ -91,6 +91,14 @@ class _HashingFiles(FileSystem):
                 self._errors.append(error)
                 with contextlib.suppress(OSError):  # a full disk fails once more when the buffer is flushed
                     file.close()
+
+    def _open(self, path: str | os.PathLike[str], mode: str) -> io.BufferedWriter:
+        """A quota may have room for bytes but not for one more file: without this the checkpoint would lack a file that nothing misses."""
+        try:
+            return cast(io.BufferedWriter, Path(path).open(mode))
+        except OSError as error:
+            self._errors.append(error)
+            raise
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         """The hash goes with the file; a file that could not be written is not given its name."""

@@ -7,13 +7,14 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from test_checkpoint import snapshot
 
-from megarat.checkpoint import load
+from megarat.checkpoint import load, storage
 from megarat.checkpoint import save as saving
 from megarat.checkpoint.save import remove_leftovers, save
 from megarat.errors import UserError
@@ -102,6 +103,33 @@ def test_a_disk_that_refuses_to_take_more_is_reported_and_costs_nothing(tmp_path
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "pair_00000001"]
     assert assert_good(tmp_path, {1}) == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # torch's threads
+@pytest.mark.parametrize("part", ["weights", "masters", "optimizer"])
+def test_a_file_that_a_thread_may_not_make_fails_the_save(tmp_path, monkeypatch, part):
+    """torch drops what its threads raise; the checkpoint would be committed, and be found good, without that file's tensors."""
+    save(tmp_path, snapshot(1, seed=1))
+    opening, refused = Path.open, threading.Event()
+
+    def no_inode(self, *arguments, **keywords):
+        if self.parent.name == part and self.suffix == ".distcp":
+            if threading.current_thread() is not threading.main_thread():
+                refused.set()
+                raise OSError(122, "Disk quota exceeded")
+            assert refused.wait(60)  # so that another thread takes a file
+        return opening(self, *arguments, **keywords)
+
+    monkeypatch.setattr(storage, "_FILE_BYTES", 1000)  # so that there are several threads
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", no_inode)
+        with pytest.raises(
+            UserError, match=r"cannot write .*pair_00000002: Disk quota exceeded. Earlier checkpoints are untouched"
+        ):
+            save(tmp_path, snapshot(2, seed=2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "pair_00000001"]
+    save(tmp_path, snapshot(2, seed=2))
+    assert assert_good(tmp_path, {2}) == 2
 
 
 @pytest.fixture
