@@ -128,21 +128,20 @@ Manifest = dict[str, FileEntry]  # by path relative to the checkpoint folder
 def write_manifest(folder: Path, written: Manifest, group: ProcessGroup | None = None) -> None:
     """Write the manifest; everything in ``folder`` is then synced to the disk. All ranks call it.
 
-    ``written`` are the files that this rank has synced and hashed while it wrote them. The first rank does both for all others. Raises
-    ``OSError`` when a file has another size than was written to it.
+    ``written`` are the files that this rank has synced and hashed while it wrote them. The first rank does both for all others.
     """
-    for name, entry in written.items():
-        _check_size(folder / name, entry.bytes)
     entries = {name: entry for part in comm.gather_objects(written, group) for name, entry in part.items()}
     if comm.rank(group) == 0:
         others = [name for name in _files(folder) if name not in entries]
         _write_manifest(folder, dict(sorted((entries | _hash_synced(folder, others)).items())))
 
 
-def _check_size(path: Path, expected: int) -> None:
-    found = path.stat().st_size
-    if found != expected:
-        raise OSError(errno.EIO, f"{expected} bytes were written, but the file has {found}", str(path))
+def check_sizes(folder: Path, written: Manifest) -> None:
+    """Raises ``OSError`` when a file has another size than was written to it."""
+    for name, entry in written.items():
+        found = (folder / name).stat().st_size
+        if found != entry.bytes:
+            raise OSError(errno.EIO, f"{entry.bytes} bytes were written, but the file has {found}", str(folder / name))
 
 
 def _hash_synced(folder: Path, names: list[str]) -> Manifest:

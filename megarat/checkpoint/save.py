@@ -39,6 +39,7 @@ from megarat.checkpoint.manifest import (
     WEIGHTS,
     CheckpointState,
     Manifest,
+    check_sizes,
     folder_name,
     pair_of,
     write_manifest,
@@ -201,6 +202,7 @@ def _commit(target: Path, group: ProcessGroup | None) -> Iterator[tuple[Path, Ma
     try:
         with _failing_together(target, group):
             yield staging, written
+            check_sizes(staging, written)  # before the ranks talk again: one that raises here would leave the others in that
         with _failing_together(target, group):
             write_manifest(staging, written, group)
         comm.first_decides(lambda: _publish(staging, target), group)

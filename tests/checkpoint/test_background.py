@@ -226,3 +226,28 @@ def test_an_error_in_any_writing_thread_of_any_rank_fails_the_save_on_all(shards
     assert ends[1].startswith(ToldByFirstRank.__name__)
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["latest", "pair_00000001"]
     load.verify(tmp_path)
+
+
+def train_with_a_file_that_loses_its_end(config: Config, rank: str) -> str:
+    """What this rank wrote of pair 2 is shorter when it is synced, as where a network's file system fails late."""
+    from megarat.checkpoint import save as saving
+
+    sync = saving.sync
+
+    def lose(path):
+        sync(path)
+        if os.environ["RANK"] == rank and "pair_00000002" in str(path) and path.suffix == ".distcp":
+            os.truncate(path, 10)
+
+    saving.sync = lose
+    return train(config)
+
+
+@pytest.mark.parametrize(("rank", "asynchronous"), [("0", True), ("1", False)])
+def test_a_file_that_lost_its_end_fails_the_save_on_all_ranks_with_the_same_words(shards, tmp_path, rank, asynchronous):
+    settings = run_config(tmp_path, shards, 1000, asynchronous)
+    first, second = worlds.run(2, train_with_a_file_that_loses_its_end, settings, rank, timeout_s=120)
+    assert first.startswith("UserError: cannot write") and "bytes were written, but the file has 10" in first
+    assert second == first.replace("UserError", ToldByFirstRank.__name__)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["latest", "pair_00000001"]
+    load.verify(tmp_path)
