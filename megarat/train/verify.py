@@ -65,7 +65,7 @@ def figures_of(result: PairResult) -> dict[str, float | None]:
 
 
 def _recorded_pair(run: Run) -> tuple[Path, CheckpointState, dict[str, Any]]:
-    """The newest checkpoint whose next pair was recorded and trained, its state, and the record."""
+    """The newest checkpoint whose next pair was recorded and trained on the samples that come next there, its state, and the record."""
     run_dir = Path(run.config.run.dir)
     lines = {line["pair"]: line for line in _lines(run_dir / METRICS)}
     newest = run.state.pair
@@ -74,10 +74,13 @@ def _recorded_pair(run: Run) -> tuple[Path, CheckpointState, dict[str, Any]]:
         line = lines.get(pair + 1)
         if pair <= newest and line is not None and not line.get("skipped"):
             state = run.state if pair == newest else load_state(found[pair])
-            return found[pair], state, line
+            # Trained after going back to this checkpoint, which knows nothing of that: then on other samples than would come here.
+            if line.get("rollbacks", 0) == len(state.guard.get("rollbacks", [])):
+                return found[pair], state, line
     raise UserError(
-        f"--verify-resume: {run_dir / METRICS} records no pair that follows a checkpoint (there are {', '.join(map(str, sorted(found)))}), so "
-        "none can be trained again; start without --verify-resume, or keep more checkpoints (checkpoint.keep) and records (log.every)"
+        f"--verify-resume: {run_dir / METRICS} records no pair that follows a checkpoint (there are {', '.join(map(str, sorted(found)))}), or "
+        "only pairs that were trained on other samples, after going back; so none can be trained again: start without --verify-resume, or "
+        "keep more checkpoints (checkpoint.keep) and records (log.every)"
     )
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
+from test_going_back import Spikes
 
 from megarat.checkpoint import load as checkpoints
 from megarat.cli import main
 from megarat.config import Config
-from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, ToldByFirstRank, UserError
+from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, StoppedEarly, ToldByFirstRank, UserError
 from megarat.parallel import worlds
 from megarat.train import loop, run
 from megarat.train.loop import pretrain
@@ -75,6 +76,35 @@ def test_a_run_that_stopped_after_a_save_is_verified_from_an_older_checkpoint(me
     capsys.readouterr()
     assert pretrain(config(tmp_path, shards, pairs=5), verify_resume=True).name == "pair_00000005"
     assert "pair 3, trained again from" in (told := capsys.readouterr().err) and "pair_00000002" in told
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_after_going_back_no_pair_is_verified_that_was_trained_on_other_samples(mesh, shards, tmp_path, monkeypatch, capsys, how):
+    """Pair 5 was trained on batch 6 after the run went back to pair 4, whose checkpoint knows nothing of that."""
+    guard = {"deviations": 10, "window": 2, "rollback_after": 2}
+    settings = config(tmp_path / "run", shards, pairs=7, guard=guard)
+    spikes, stop = Spikes(bad=(4, 5)), []
+    with monkeypatch.context() as patch:
+        spikes.install(patch.setattr)
+
+        def interrupt(*arguments):
+            if len(spikes.met) == 6 and how == "stopped":
+                stop.append("a test")
+            if len(spikes.met) == 7 and how == "killed":
+                raise MemoryError
+            return spikes.train_pair(*arguments)
+
+        patch.setattr(loop, "train_pair", interrupt)
+        patch.setattr(loop.StopRequest, "reason", property(lambda _: stop[0] if stop else None))
+        with pytest.raises(StoppedEarly if how == "stopped" else MemoryError):
+            pretrain(settings)
+    assert [json.loads(line)["rollbacks"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [
+        0
+    ] * 4 + [1]
+    capsys.readouterr()
+    Spikes(bad=(4, 5)).install(monkeypatch.setattr)
+    assert pretrain(settings, verify_resume=True).name == "pair_00000007"
+    assert "pair 3, trained again from" in (told := capsys.readouterr().err) and "bit for bit" in told
 
 
 @pytest.mark.parametrize(("figure", "factor"), [("loss_dense", 1.001), ("grad_norm_sparse", 0.99)])
