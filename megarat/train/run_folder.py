@@ -33,11 +33,12 @@ from megarat.log import METRICS, last_recorded_pair
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 
 # Keys that change neither the model nor the token stream nor, but for the order of sums, an update: free between two starts of a run.
-# ``data.shards`` may move; that its content is the same is checked by the hash of its index.
+# ``data.shards`` may move; that its content is the same is checked by the hash of its index. ``train.precision`` may be said in other words:
+# what ``auto`` means depends on the machine, so that the precision itself is checked when the run is built.
 _FREE_KEYS = frozenset(
     (
         "run.dir run.device data.shards data.max_epochs data.validation data.validation_tokens data.cache data.cache_gb data.prefetch "
-        "train.pairs train.micro_batch train.weight_gradients train.cuda_graphs train.loss_chunk train.wall_clock_minutes "
+        "train.pairs train.micro_batch train.precision train.weight_gradients train.cuda_graphs train.loss_chunk train.wall_clock_minutes "
         "train.validate_every train.max_skipped optim.implementation"
     ).split()
 )

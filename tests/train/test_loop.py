@@ -21,7 +21,7 @@ from megarat.checkpoint import load as checkpoints
 from megarat.config import Config
 from megarat.data import store
 from megarat.errors import EXIT_STOPPED, StoppedEarly, UserError
-from megarat.train import loop, run
+from megarat.train import loop
 from megarat.train.loop import pretrain
 
 TIMINGS = ("tokens_per_s", "memory_gb", "data_wait_s", "seconds")
@@ -250,14 +250,25 @@ def test_other_shards_under_the_same_name_are_refused(mesh, tmp_path):
         pretrain(config(tmp_path / "run", shards))
 
 
-def test_another_precision_is_refused(begun, shards, monkeypatch):
-    """Told by key when it was written, and by what `auto` comes to when it was not."""
-    with pytest.raises(UserError, match=r"train.precision: 'fp32' -> 'bf16'"):
-        pretrain(config(begun, shards, train={"precision": "bf16"}))
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "resolve_precision", lambda precision, device: "bf16")
-        with pytest.raises(UserError, match=r"trained in fp32, but this machine would go on in bf16; set train.precision=fp32"):
-            pretrain(config(begun, shards, train={"pairs": 2}))
+def test_another_precision_is_refused(begun, shards):
+    with pytest.raises(UserError, match=r"trained in fp32, but this machine would go on in bf16; set train.precision=fp32"):
+        pretrain(config(begun, shards, train={"pairs": 2, "precision": "bf16"}))
+
+
+def test_auto_on_another_machine_is_refused_and_what_the_refusal_tells_to_set_goes_on(mesh, shards, tmp_path, monkeypatch):
+    def settings(name: str, precision: str, pairs: int = 2) -> Config:
+        optim = {"schedule": "constant", "warmup": 0}
+        return config(tmp_path / name, shards, train={"pairs": pairs, "precision": precision}, optim=optim)
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    pretrain(settings("run", "auto", pairs=1))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with pytest.raises(UserError, match=r"trained in bf16, but this machine would go on in fp32; set train.precision=bf16"):
+        pretrain(settings("run", "auto"))
+    pretrain(settings("run", "bf16"))
+    pretrain(settings("whole", "bf16"))
+    ours, theirs = (checkpoints.load_optimizer(tmp_path / name)["master"] for name in ("run", "whole"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def test_a_lost_checkpoint_is_no_fresh_start(begun, shards):
