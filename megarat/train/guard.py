@@ -52,7 +52,7 @@ class StopRequest:
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold ``run_dir/lock`` for the length of the block; raises ``UserError`` while another process does.
+    """Hold ``run_dir/lock`` for the length of the block; raises ``UserError`` while another process does, and where there are no locks.
 
     The lock is the system's (POSIX record lock), so it ends with the process that holds it however that dies; the file names the holder.
     """
@@ -63,9 +63,14 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, as the system likes
             raise UserError(
                 f"{run_dir} is in use by {_holder(file)}; wait for that job or stop it, or give this one another run.dir"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"run.dir {run_dir}: cannot lock {file.name}: {error.strerror}; the file system must have locks (Lustre: mount it with flock), "
+                "or choose a run.dir elsewhere"
             ) from None
         file.truncate(0)
         json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
