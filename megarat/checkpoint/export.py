@@ -194,6 +194,7 @@ def _write_json(path: Path, tree: dict[str, Any]) -> None:
 def _commit(out: Path) -> Iterator[Path]:
     """A hidden folder to fill, which becomes ``out`` at the end of the block, or vanishes. A disk that refuses is a ``UserError``."""
     staging = out.with_name(f"{STAGING_PREFIX}{out.name}-{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)  # of a killed process that had this number: in a container all have the same
     try:
         staging.mkdir(parents=True)
         yield staging

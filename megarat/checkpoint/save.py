@@ -213,6 +213,7 @@ def _commit(target: Path, group: ProcessGroup | None) -> Iterator[tuple[Path, Ma
 
 def _stage(target: Path) -> Path:
     staging = target.with_name(f"{STAGING_PREFIX}{target.name}-{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)  # of a killed process that had this number: in a container all have the same
     with _disk_errors(target):
         staging.mkdir(parents=True)
     return staging

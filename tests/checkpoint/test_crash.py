@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import snapshot
+from test_checkpoint import CONFIG, snapshot
 
 from megarat.checkpoint import load, storage
 from megarat.checkpoint import save as saving
@@ -67,6 +67,21 @@ def test_killed_at_any_file_operation_of_a_save_leaves_a_good_checkpoint(tmp_pat
     assert len(outcomes) >= 20
     assert outcomes == sorted(outcomes) and set(outcomes) == {1, 2}  # the rename is the one moment of change
     assert assert_good(tmp_path, {2}) == 2
+
+
+def test_what_a_killed_import_of_the_same_process_number_left_is_no_hindrance(tmp_path):
+    """A container gives every command the same number; nobody clears up beside a folder that is no run's."""
+
+    def import_it() -> Path:
+        told = {"step": 1, "pattern": "dense"}
+        weights = dict(snapshot(1).masters)
+        return saving.save_imported(tmp_path / "out", CONFIG.model, weights, source=tmp_path / "old.pth", told=told)
+
+    left = tmp_path / f".staging-out-{os.getpid()}"
+    (left / "weights").mkdir(parents=True)
+    (left / "weights" / "__7_0.distcp").write_bytes(b"half of it")
+    assert "good; 3 files" in load.verify(import_it())  # state.json, one file of tensors, .metadata
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a bug"), KeyboardInterrupt()])
