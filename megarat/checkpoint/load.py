@@ -81,15 +81,17 @@ def find_latest(run_dir: str | Path) -> Path | None:
 def _newest(checkpoints: Path) -> Path | None:
     """By pair number: a crash may fall between a checkpoint's rename and the update of ``latest``, which then lags by one."""
     found = {folder.name: folder for folder in checkpoints.iterdir() if folder.is_dir() and pair_of(folder) is not None}
+    newest = max(found.values(), key=lambda folder: pair_of(folder) or 0, default=None)
     pointer = checkpoints / LATEST
     if pointer.is_file():
         named = pointer.read_text(encoding="utf-8", errors="replace").strip()
         if named not in found:
+            go_on = f"write {newest.name} into {pointer} to use that, the newest that is there, or " if newest else ""
             raise UserError(
                 f"{pointer} names {named!r}, which is not there (found: {', '.join(sorted(found)) or 'no checkpoint'}); restore it, or "
-                f"write the name of an older checkpoint into {pointer}, or delete {pointer} and the checkpoints to start again"
+                f"{go_on}delete {pointer} and the checkpoints to start again"
             )
-    return max(found.values(), key=lambda folder: pair_of(folder) or 0, default=None)
+    return newest
 
 
 def tokenizer_folder(checkpoint: Path) -> Path | None:

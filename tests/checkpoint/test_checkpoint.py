@@ -126,6 +126,17 @@ def test_latest_without_its_folder_is_an_error_that_lists_what_is_there(checkpoi
         load.resolve(checkpoint.parent)
 
 
+def test_the_checkpoint_that_a_refusal_tells_to_write_into_latest_is_the_one_that_is_used_then(checkpoint):
+    pointer = checkpoint.parent / "latest"
+    save(checkpoint.parent, snapshot(pair=10))
+    pointer.write_text("pair_00000099\n")
+    with pytest.raises(UserError) as raised:
+        load.resolve(checkpoint.parent)
+    (told,) = re.findall(r"; restore it, or write (\S+) into", str(raised.value))
+    pointer.write_text(told + "\n")
+    assert load.resolve(checkpoint.parent).name == told == "pair_00000010"
+
+
 def test_verify_praises_a_good_checkpoint(checkpoint):
     assert re.search(r"good; 7 files, \d+ bytes", load.verify(checkpoint))
 
