@@ -80,18 +80,29 @@ def find_latest(run_dir: str | Path) -> Path | None:
 
 def _newest(checkpoints: Path) -> Path | None:
     """By pair number: a crash may fall between a checkpoint's rename and the update of ``latest``, which then lags by one."""
-    found = {folder.name: folder for folder in checkpoints.iterdir() if folder.is_dir() and pair_of(folder) is not None}
-    newest = max(found.values(), key=lambda folder: pair_of(folder) or 0, default=None)
     pointer = checkpoints / LATEST
-    if pointer.is_file():
-        named = pointer.read_text(encoding="utf-8", errors="replace").strip()
-        if named not in found:
-            go_on = f"write {newest.name} into {pointer} to use that, the newest that is there, or " if newest else ""
-            raise UserError(
-                f"{pointer} names {named!r}, which is not there (found: {', '.join(sorted(found)) or 'no checkpoint'}); restore it, or "
-                f"{go_on}delete {pointer} and the checkpoints to start again"
-            )
+    named, found = _named(pointer), _folders(checkpoints)
+    while (
+        now := _named(pointer)
+    ) != named:  # a run writes here: what it has just named need not be among the folders found before
+        named, found = now, _folders(checkpoints)
+    newest = max(found.values(), key=lambda folder: pair_of(folder) or 0, default=None)
+    if named is not None and named not in found:
+        go_on = f"write {newest.name} into {pointer} to use that, the newest that is there, or " if newest else ""
+        raise UserError(
+            f"{pointer} names {named!r}, which is not there (found: {', '.join(sorted(found)) or 'no checkpoint'}); restore it, or "
+            f"{go_on}delete {pointer} and the checkpoints to start again"
+        )
     return newest
+
+
+def _named(pointer: Path) -> str | None:
+    """What ``latest`` says, None without one."""
+    return pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else None
+
+
+def _folders(checkpoints: Path) -> dict[str, Path]:
+    return {folder.name: folder for folder in checkpoints.iterdir() if folder.is_dir() and pair_of(folder) is not None}
 
 
 def tokenizer_folder(checkpoint: Path) -> Path | None:

@@ -137,6 +137,26 @@ def test_the_checkpoint_that_a_refusal_tells_to_write_into_latest_is_the_one_tha
     assert load.resolve(checkpoint.parent).name == told == "pair_00000010"
 
 
+@pytest.mark.parametrize("after", ["iterdir", "read_text"])
+def test_a_run_that_saves_and_prunes_while_its_newest_checkpoint_is_looked_for_is_no_lost_one(checkpoint, monkeypatch, after):
+    """Whether the next checkpoint comes after the folders were listed, or after ``latest`` was read."""
+    original, pairs, saving = getattr(Path, after), iter([10, 20]), []
+
+    def meanwhile(self, *arguments, **keywords):
+        seen = original(self, *arguments, **keywords)
+        seen = iter(list(seen)) if after == "iterdir" else seen
+        if not saving and self in (checkpoint.parent, checkpoint.parent / "latest") and (pair := next(pairs, None)):
+            saving.append(pair)
+            save(checkpoint.parent, snapshot(pair=pair))
+            prune(checkpoint.parent, keep=1, keep_every=0)
+            saving.clear()
+        return seen
+
+    monkeypatch.setattr(Path, after, meanwhile)
+    found = load.resolve(checkpoint.parent)
+    assert found.name == "pair_00000020" and "good" in load.verify(found)
+
+
 def test_verify_praises_a_good_checkpoint(checkpoint):
     assert re.search(r"good; 7 files, \d+ bytes", load.verify(checkpoint))
 
