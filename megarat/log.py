@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from megarat.config import Config
 from megarat.errors import UserError
+from megarat.files import replace_synced
 from megarat.heartbeat import beat
 
 METRICS = "metrics.jsonl"
@@ -108,14 +109,16 @@ class RunLog:
         beat()
         self._bar.update()
         self._bar.set_postfix(_summary(metrics), refresh=False)
-        if metrics["pair"] % self._every and metrics["pair"] != self._total and "validation_dense" not in metrics:
-            return
+        if metrics["pair"] % self._every == 0 or metrics["pair"] == self._total or "validation_dense" in metrics:
+            self._record(metrics)
+        if metrics["pair"] % self._checkpoint_every == 0:
+            self._sync()
+
+    def _record(self, metrics: Metrics) -> None:
         line = json.dumps({key: _finite(value) for key, value in metrics.items()})
         self._metrics.write(f"{line}\n".encode())
         if self._events is not None:
             self._events.add(metrics)
-        if metrics["pair"] % self._checkpoint_every == 0:
-            self._sync()
 
     def _sync(self) -> None:
         """What a run resumes after must have been recorded, even if the power fails: later lines are dropped, not these."""
@@ -134,9 +137,7 @@ def drop_later_lines(path: Path, pairs: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _pair_of(line) in range(1, pairs + 1)]
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    replace_synced(path, "".join(line + "\n" for line in kept))
 
 
 def last_recorded_pair(path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -71,6 +72,34 @@ def test_a_record_that_the_disk_lost_is_filled_in_from_the_metrics(tmp_path):
         file.write(bytes(20))  # what a file system leaves of blocks that it had not written when the power failed
     record(tmp_path, 4, 6, loss=2.0)
     assert curve(tmp_path) == [*((pair, 1.0) for pair in range(1, 5)), (5, 2.0), (6, 2.0)]
+
+
+@pytest.fixture
+def on_the_disk(monkeypatch):
+    """What a power cut leaves of a file: as much as there was at its last fsync, nothing where there was none."""
+    sizes, fsync = {}, os.fsync
+
+    def note(descriptor):
+        fsync(descriptor)
+        sizes[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    monkeypatch.setattr(os, "fsync", note)
+    return lambda path: path.read_bytes()[: sizes.get(path.stat().st_ino, 0)]
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7])
+def test_what_a_checkpoint_makes_final_is_on_the_disk_whichever_pairs_are_recorded(tmp_path, on_the_disk, every):
+    settings = tiny_run.config(train={"pairs": 100}, checkpoint={"every": 5}, log={"every": every})
+
+    def recorded_for_good() -> list[int]:
+        return [json.loads(line)["pair"] for line in on_the_disk(tmp_path / METRICS).splitlines()]
+
+    with RunLog(tmp_path, settings, 0) as log:
+        for pair in range(1, 13):
+            log.pair({"pair": pair, "loss_sparse": None, "loss_dense": 4.0, "tokens_per_s": 1.0})
+    assert recorded_for_good() == [pair for pair in range(1, 11) if pair % every == 0]
+    with RunLog(tmp_path, settings, 10):
+        assert recorded_for_good() == [pair for pair in range(1, 11) if pair % every == 0]
 
 
 def test_a_run_whose_curves_are_switched_on_later_has_all_of_them(tmp_path):
