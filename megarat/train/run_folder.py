@@ -34,7 +34,9 @@ CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 
 # Keys that change neither the model nor the token stream nor, but for the order of sums, an update: free between two starts of a run.
 # ``data.shards`` may move; that its content is the same is checked by the hash of its index. ``train.precision`` may be said in other words:
-# what ``auto`` means depends on the machine, so that the precision itself is checked when the run is built.
+# what ``auto`` means depends on the machine, so that the precision itself is checked when the run is built. ``train.micro_batch`` must follow
+# the memory of the machine; a loss is the mean of micro-batches' means, so that labels weigh a little otherwise where rows have unequal numbers
+# of them, much otherwise where only answers are labels (``data.task``).
 _FREE_KEYS = frozenset(
     (
         "run.dir run.device data.shards data.max_epochs data.validation data.validation_tokens data.cache data.cache_gb data.prefetch "
