@@ -112,6 +112,33 @@ def test_resuming_from_another_parent_is_refused(parents, tmp_path):
         adapt(config(parents, tmp_path, train={"pairs": 2}), parents / "bf16")
 
 
+@pytest.mark.parametrize("named", ["run", "checkpoint"])
+def test_the_same_command_goes_on_when_the_parent_has_gone_on_and_removed_what_was_started_from(parents, tmp_path, named):
+    """An adaptation's own checkpoint has all that it needs."""
+
+    def pretraining(pairs):
+        settings = config(parents, tmp_path / "parent", train={"pairs": pairs}, checkpoint={"keep": 1})
+        return pretrain(settings)
+
+    first = pretraining(1)
+    command = first if named == "checkpoint" else tmp_path / "parent"
+    constant = {"schedule": "constant", "warmup": 0}
+    for name, pairs in (("whole", 2), ("run", 1)):
+        adapt(config(parents, tmp_path / name, train={"pairs": pairs}, optim=constant), command)
+    pretraining(2)
+    assert not first.exists()
+    adapt(config(parents, tmp_path / "run", train={"pairs": 2}, optim=constant), command)
+    ours, theirs = (checkpoints.load_optimizer(tmp_path / name) for name in ("run", "whole"))
+    assert all(torch.equal(ours[kind][name], tensor) for kind, named in theirs.items() for name, tensor in named.items())
+    assert checkpoints.load_state(tmp_path / "run").parent == checkpoints.load_state(tmp_path / "whole").parent
+    with pytest.raises(UserError, match=r"was started from .*parent.*, not from .*fp32"):
+        adapt(config(parents, tmp_path / "run", train={"pairs": 3}, optim=constant), parents / "fp32")
+    with pytest.raises(UserError, match="no such folder"):
+        adapt(config(parents, tmp_path / "run", train={"pairs": 3}, optim=constant), tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no such folder"):
+        adapt(config(parents, tmp_path / "new", train={"pairs": 3}), first)
+
+
 def test_a_folder_of_the_other_kind_is_refused(parents, tmp_path):
     adapt(config(parents, tmp_path, train={"pairs": 1}), parents / "fp32")
     with pytest.raises(UserError, match="holds a run of megarat adapt, not pretrain"):
