@@ -21,7 +21,7 @@ class Ending(NamedTuple):
     """How a start of a job ended, and how far the run had come by then (None: it records nothing)."""
 
     kind: str
-    pair: int | None = None  # the last one recorded; of an evaluation, the items done
+    pair: int | None = None  # the last one recorded or saved; of an evaluation, the items done
     code: int | None = None
 
 
@@ -113,7 +113,7 @@ class History:
 
 
 def progress(run_dir: Path) -> int | None:
-    """The last pair in the run's ``metrics.jsonl``; else how many files an evaluation or a build of shards has done; None without any."""
+    """The last pair that a run has recorded or saved; else how many files an evaluation or a build of shards has done; None without any."""
     try:
         with (run_dir / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
@@ -121,12 +121,24 @@ def progress(run_dir: Path) -> int | None:
     except OSError:
         unfinished = run_dir.parent / f".{run_dir.name.removesuffix('-build')}.partial"  # of data_tools.build_shards
         return sum(1 for _ in (*run_dir.glob("work/*/*.json"), *unfinished.rglob("*"))) or None
-    for line in reversed(tail):
+    # With log.every above 1 a start may save more pairs than it records, and may record none at all.
+    return max((pair for pair in (_last_recorded(tail), _saved(run_dir)) if pair is not None), default=None)
+
+
+def _last_recorded(lines: Sequence[bytes]) -> int | None:
+    """The pair of the last whole line."""
+    for line in reversed(lines):
         try:
             return int(json.loads(line)["pair"])
         except (ValueError, KeyError, TypeError):
             continue
     return None
+
+
+def _saved(run_dir: Path) -> int | None:
+    """The pair of the newest checkpoint."""
+    number = (newest_checkpoint(run_dir) or "").removeprefix("pair_")
+    return int(number) if number.isdigit() else None
 
 
 def newest_checkpoint(run_dir: Path) -> str | None:

@@ -93,3 +93,17 @@ def test_progress_is_the_last_whole_line_or_the_files_of_an_evaluation_or_a_buil
     (out / "work/a/item-1.json").write_text("{}")
     (tmp_path / ".corpus.partial/parts/1").write_text("")
     assert (progress(run), progress(out), progress(build)) == (4, 1, 2)
+
+
+def test_progress_counts_pairs_that_are_saved_but_not_recorded(tmp_path):
+    """As with log.every = 100: three stops of 60 pairs each, behind the first record, are no standstill."""
+    (tmp_path / "metrics.jsonl").write_text('{"pair": 100}\n')
+    endings = []
+    for pair in (120, 150, 180):
+        (tmp_path / f"checkpoints/pair_{pair:08d}").mkdir(parents=True)
+        (tmp_path / "checkpoints/.staging-pair_00000190-7").mkdir(exist_ok=True)
+        endings.append(Ending(STOPPED, progress(tmp_path), 75))
+    assert [ending.pair for ending in endings] == [120, 150, 180]
+    assert decide(endings[-1], endings[:-1], retries=5).requeue
+    (tmp_path / "metrics.jsonl").write_text('{"pair": 200}\n')
+    assert progress(tmp_path) == 200
