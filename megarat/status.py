@@ -5,6 +5,7 @@ A run folder is read while a job writes to it: whole lines of ``metrics.jsonl`` 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from megarat.errors import UserError
 
 _RECENT = 20  # pairs whose median speed and loss count as the present
 _TAIL_BYTES = 1 << 18
-_SILENT = 20  # times a pair's usual length, after which a running job that records nothing is called silent
+_SILENT = 20  # times a pair's usual length after the next record was due, a running job that records nothing is called silent
 _SPIKE = 1.5  # of the recent median loss
 _SQUEUE_S = 60.0  # that a busy controller may take to answer
 
@@ -68,11 +69,20 @@ class RunStatus:
     def health(self) -> list[str]:
         """What somebody should look at; empty when all is well."""
         notes = [*self._loss_notes(), *self._ending_notes()]
-        usual = self.pair_seconds
+        patience = self._patience
         running = any(state.startswith("RUNNING") for state in self.jobs.values())
-        if running and usual and self.seconds_since and self.seconds_since > max(120, _SILENT * usual):
+        if running and patience and self.seconds_since and self.seconds_since > patience:
             notes.append(f"no pair for {duration(self.seconds_since)}, though the job runs")
         return notes
+
+    @property
+    def _patience(self) -> float | None:
+        """Seconds after which a running job that records nothing is called silent; with ``log.every`` its lines are some pairs apart."""
+        pairs = [0, *(int(line["pair"]) for line in self.metrics)][-_RECENT - 1 :]
+        if self.pair_seconds is None:
+            return None
+        apart = statistics.median(later - earlier for earlier, later in itertools.pairwise(pairs))
+        return max(120, (apart - 1 + _SILENT) * self.pair_seconds)
 
     def _loss_notes(self) -> list[str]:
         recent = self.metrics[-_RECENT:]

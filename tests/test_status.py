@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,16 @@ def test_a_jump_of_the_loss_skipped_pairs_and_a_bad_end_are_told(run):
     assert "pairs skipped for values that are not finite or for spikes: 3" in health
     assert "the loss has jumped to 7.000 (recent median 4.000)" in health
     assert "the last start died with exit code 1" in health
+
+
+@pytest.mark.parametrize(("every", "silent_s", "told"), [(1, 1200, True), (50, 1200, False), (50, 2400, True)])
+def test_a_run_that_records_some_pairs_only_is_silent_for_longer(run, monkeypatch, every, silent_s, told):
+    """A pair takes 30 s: with log.every = 50 there are 25 minutes between two lines, and nothing is wrong."""
+    lines = [{"pair": every * number, "seconds": 30.0, "tokens": 1} for number in range(1, 7)]
+    write_lines(run / "metrics.jsonl", lines)
+    os.utime(run / "metrics.jsonl", (time.time() - silent_s,) * 2)
+    monkeypatch.setattr("megarat.status._queue", lambda jobs: {"5": "RUNNING on n1"})
+    assert any("no pair for" in note for note in read(run).health) == told
 
 
 def test_a_run_that_has_not_begun(tmp_path):
