@@ -88,7 +88,7 @@ class PairGuard:
     def _spike(self, which: str, loss: float, norm: float, figures: Sequence[Sequence[float]]) -> str:
         """What is far above the pairs before, in words; empty for nothing, or before there are enough of them."""
         limit = self._guard.deviations
-        if not limit or len(figures) < self._guard.window // 2:
+        if not limit or len(figures) < max(1, self._guard.window // 2):
             return ""
         losses, norms = zip(*figures, strict=True)
         middle, deviation = _middle(losses)

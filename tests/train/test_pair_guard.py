@@ -58,6 +58,14 @@ def test_there_is_no_spike_without_a_limit_or_before_half_a_window_of_pairs():
     assert guard.judge(state)("dense", 1e6, 1e6)
     guard, state = after_good_pairs(config(), 8)
     assert not guard.judge(state)("dense", 1e6, 1e6)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_the_smallest_windows_compare_with_the_pair_before(window):
+    guard, state = after_good_pairs(config(window=window), 0)
+    assert guard.judge(state)("dense", 1e6, 1e6)  # nothing has been before
+    guard.record(state, GOOD)
+    assert guard.judge(state)("dense", 3.0, 1.0) and not guard.judge(state)("dense", 30.0, 1.0)
     guard, state = after_good_pairs(config(deviations=0), 40)
     assert guard.judge(state)("dense", 1e6, 1e6) and state.guard == {}
 
