@@ -120,6 +120,11 @@ class RunLog:
         if self._events is not None:
             self._events.add(metrics)
 
+    def alive(self) -> None:
+        """A sign of life where no pair is recorded."""
+        if self._enabled:
+            beat()
+
     def _sync(self) -> None:
         """What a run resumes after must have been recorded, even if the power fails: later lines are dropped, not these."""
         os.fsync(self._metrics.fileno())

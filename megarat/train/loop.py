@@ -114,8 +114,7 @@ def _train_on(run: Run, stop: StopRequest, log: RunLog, watchdog: Watchdog, guar
             _advance(state, batch.tokens, digest)
             metrics = clock.metrics(batch, result, lr)
             if validation.is_due(state.pair):
-                watchdog.beat(f"validating after pair {state.pair}")
-                metrics |= validation.measure()
+                metrics |= validation.measure(partial(_alive, log, watchdog, f"validating after pair {state.pair}"))
             log.pair(metrics)
             if decision is not Decision.TRAINED:
                 _tell(run, log, "skipped", guard.why)
@@ -125,6 +124,12 @@ def _train_on(run: Run, stop: StopRequest, log: RunLog, watchdog: Watchdog, guar
                 watchdog.beat(f"saving after pair {state.pair}")
                 run.save()
     return decision
+
+
+def _alive(log: RunLog, watchdog: Watchdog, what: str) -> None:
+    """A sign of life between two pairs, for all who wait for one."""
+    watchdog.beat(what)
+    log.alive()
 
 
 def _go_back(run: Run, log: RunLog, why: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from megarat.config import Config
@@ -42,12 +44,16 @@ class Validation:
         """Whether to measure after this pair: every so many, and the last one."""
         return self._every > 0 and (pair % self._every == 0 or pair == self._config.train.pairs)
 
-    def measure(self) -> dict[str, float]:
-        """``validation_dense``, and ``validation_sparse`` where there is a sparse pass; all ranks call it, and get the same."""
+    def measure(self, alive: Callable[[], None]) -> dict[str, float]:
+        """``validation_dense``, and ``validation_sparse`` where there is a sparse pass; all ranks call it, and get the same.
+
+        Calls ``alive`` before each batch: the whole held-out side may take far longer than anything else between two signs of life.
+        """
         passes = {"validation_sparse": self._config.sparse_patterns, "validation_dense": self._config.patterns}
         totals = {name: [0.0, 0] for name, patterns in passes.items() if patterns is not None}
         at_a_time = self._engine.micro_batches * self._config.train.micro_batch
         for first in range(0, len(self._own), at_a_time):
+            alive()
             micro_batches = self._read(self._own[first : first + at_a_time])
             for name, total in totals.items():
                 patterns = passes[name]

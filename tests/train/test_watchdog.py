@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import tiny_run
 import torch
 
+from megarat import log
 from megarat.checkpoint import load as checkpoints
 from megarat.config import Config
 from megarat.engine import Engine
@@ -103,6 +105,22 @@ def assert_goes_on(settings: Config) -> None:
     checkpoints.verify(run_dir)
     assert worlds.run(2, pretrain, settings) == [run_dir / "checkpoints" / "pair_00000006"] * 2
     assert (run_dir / "stacks" / "rank0.txt").read_text()
+
+
+def test_a_validation_that_goes_on_is_no_hang_however_long_it_takes(mesh, shards, tmp_path, monkeypatch):
+    """Between the evaluation of one batch and the next there is a sign of life, for the watchdog and for the job's supervisor."""
+    shutil.copytree(shards / "train", shards / "validation", dirs_exist_ok=True)
+    settings = config(tmp_path / "run", shards)
+    settings.train.validate_every, settings.data.validation_tokens = 6, 24 * settings.data.sequence_length
+    happened: list[str] = []
+    evaluate, beat, sign = Engine.evaluate, Watchdog.beat, log.beat
+    monkeypatch.setattr(Engine, "evaluate", lambda *given: happened.append("evaluates") or evaluate(*given))
+    monkeypatch.setattr(Watchdog, "beat", lambda watchdog, what: happened.append(what) or beat(watchdog, what))
+    monkeypatch.setattr(log, "beat", lambda: happened.append("heartbeat") or sign())
+    pretrain(settings)
+    begin, end = happened.index("validating after pair 6"), happened.index("saving after pair 6")
+    a_batch = ["validating after pair 6", "heartbeat", "evaluates", "evaluates"]  # 8 of 24 sequences, dense and sparse
+    assert happened[begin:end] == 3 * a_batch + ["heartbeat"]  # the last one of the pair itself
 
 
 @pytest.mark.parametrize("how", ["time.sleep(100)", "hold_the_interpreter()"])
