@@ -189,16 +189,21 @@ def run_folder(plan: dict[str, Any]) -> Path:
 
 
 def notice(arguments: argparse.Namespace, plan: dict[str, Any]) -> str:
-    """Slurm's --signal: how long before the time limit the run is told to stop. Two pairs and a checkpoint must fit in."""
+    """Slurm's --signal: how long before the time limit the run is told to stop. Two pairs must fit in, and the checkpoint of the stop.
+
+    Where checkpoints are written while training goes on, the one before may just have been begun: the stop waits for it first.
+    """
     seconds = arguments.notice
     if seconds is None:
-        needed = 2 * plan.get("pair_seconds", 0) + plan["checkpoint_bytes"] / _DISK
+        saves = 2 if plan["config"]["checkpoint"]["asynchronous"] else 1
+        needed = 2 * plan.get("pair_seconds", 0) + saves * plan["checkpoint_bytes"] / _DISK
         limit = _seconds(arguments.time)
         usual = _USUAL_NOTICE if limit is None else min(_USUAL_NOTICE, limit / 4)
         seconds = int(max(_SHORTEST_NOTICE, usual, needed))
         if limit is not None and seconds >= limit:
             raise Refused(
-                f"--time {arguments.time}: two pairs and a checkpoint alone take {needed:.0f} s; give the job more time"
+                f"--time {arguments.time}: two pairs and {'a checkpoint' if saves == 1 else 'two checkpoints'} alone take {needed:.0f} s; "
+                "give the job more time"
             )
     return f"B:USR1@{seconds}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "slurm"))
 from collective import rounds
 from history import DIED, DONE, HUNG, LOST, STOPPED, UNHEALTHY, Ending, History, decide, progress
 from job import culprits
+from submit import Refused, notice
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5, 8, 33])
@@ -107,3 +109,23 @@ def test_progress_counts_pairs_that_are_saved_but_not_recorded(tmp_path):
     assert decide(endings[-1], endings[:-1], retries=5).requeue
     (tmp_path / "metrics.jsonl").write_text('{"pair": 200}\n')
     assert progress(tmp_path) == 200
+
+
+@pytest.mark.parametrize(
+    ("limit", "checkpoint_bytes", "asynchronous", "seconds"),
+    [
+        ("24:00:00", 20e9, True, 300),  # the usual notice is longer than what is needed
+        ("24:00:00", 900e9, False, 2 * 100 + 900),
+        ("24:00:00", 900e9, True, 2 * 100 + 2 * 900),  # one save may just have begun; the stop waits for it, then writes its own
+        ("20", 20e9, True, 300),
+    ],
+)
+def test_the_notice_before_the_limit_is_long_enough_for_a_stop(limit, checkpoint_bytes, asynchronous, seconds):
+    plan = {"pair_seconds": 100, "checkpoint_bytes": checkpoint_bytes, "config": {"checkpoint": {"asynchronous": asynchronous}}}
+    assert notice(argparse.Namespace(notice=None, time=limit), plan) == f"B:USR1@{seconds}"
+
+
+def test_a_limit_that_a_stop_does_not_fit_into_is_refused():
+    plan = {"pair_seconds": 100, "checkpoint_bytes": 900e9, "config": {"checkpoint": {"asynchronous": False}}}
+    with pytest.raises(Refused, match="--time 15: two pairs and a checkpoint alone take 1100 s"):
+        notice(argparse.Namespace(notice=None, time="15"), plan)
