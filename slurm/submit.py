@@ -217,8 +217,10 @@ def _seconds(limit: str) -> float | None:
             return int(days) * 86400 + sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
     except ValueError:
         return None
-    units = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}.get(len(parts), ())
-    return sum(part * unit for part, unit in zip(parts, units, strict=True)) if units else None
+    units = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}.get(len(parts))
+    if units is None:
+        return None
+    return sum(part * unit for part, unit in zip(parts, units, strict=True)) or None  # 0 asks sbatch for no limit
 
 
 # ---- the copy of code and config ------------------------------------------------------------------------------------------------------

@@ -117,6 +117,7 @@ def test_progress_counts_pairs_that_are_saved_but_not_recorded(tmp_path):
         ("24:00:00", 20e9, True, 300),  # the usual notice is longer than what is needed
         ("24:00:00", 900e9, False, 2 * 100 + 900),
         ("24:00:00", 900e9, True, 2 * 100 + 2 * 900),  # one save may just have begun; the stop waits for it, then writes its own
+        ("0", 900e9, True, 2 * 100 + 2 * 900),  # no limit, for sbatch
         ("20", 20e9, True, 300),
     ],
 )
