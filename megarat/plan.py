@@ -54,7 +54,7 @@ CPU = "cpu"
 EFFICIENCY = 0.45  # of the peak, for one GPU alone: an estimate; the published code reaches 0.42 on an H200
 _LINK_EFFICIENCY = 0.8  # of a link's rate that collectives of large tensors get
 _BUCKET = 500_000_000  # elements that ZeRO 2 and 3 reduce or gather at a time, as in ``megarat.engine``
-_LOGITS_BYTES = 768 << 20  # a chunk of logits, as in ``megarat.ops.cross_entropy``
+_LOGITS_BYTES = 768 << 20  # a chunk of logits without train.loss_chunk, as in ``megarat.ops.cross_entropy``
 _DISK = 2e9  # bytes/s into a shared file system, all ranks together
 
 # Bytes that one token keeps for the backward in one layer, in units of C, in bf16. Not split by tensor parallelism: both inputs of the
@@ -220,7 +220,8 @@ def loss_bytes(config: Config, shape: Shape) -> float:
     """A chunk of logits, the gradient of the hidden states, and that of the head in fp32 with its bf16 copy."""
     model = config.model
     vocab = model.vocab / shape.tensor
-    chunk = min(_LOGITS_BYTES, 2.0 * _tokens(config, shape) * vocab)
+    all_logits = 2.0 * _tokens(config, shape) * vocab
+    chunk = min(all_logits, 2.0 * config.train.loss_chunk * vocab if config.train.loss_chunk else _LOGITS_BYTES)
     return 2 * chunk + 2.0 * _tokens(config, shape) * model.hidden + 6.0 * vocab * model.hidden
 
 

@@ -142,6 +142,21 @@ def test_the_gpu_waits_for_the_host_only_where_there_is_less_to_compute():
     assert alone.pair_seconds(alone.gpu) == alone.busy_seconds(alone.gpu)
 
 
+def test_logits_are_held_as_many_at_a_time_as_the_config_says():
+    """The measured change of the peak, and a vocabulary of which whole micro-batches would not leave room for anything else."""
+    rows = {row["lever"]: row for row in csv.DictReader((rates.FOLDER / "levers.csv").open())}
+    usual = plan.memory(published(train={"micro_batch": 4}), Shape())
+    for chunk in (2048, 131072):
+        held = plan.memory(published(train={"micro_batch": 4, "loss_chunk": chunk}), Shape())
+        row = rows[f"train.loss_chunk={chunk}"]
+        more = float(row["lever_gb"]) - float(row["base_gb"])
+        assert (held.total - usual.total) / 1e9 == pytest.approx(more, abs=1.0) and (held.total > usual.total) == (more > 0)
+    model, tokens = {"vocab": 131072}, 8 * 4096
+    whole = plan.memory(published(model=model, train={"micro_batch": 8, "loss_chunk": 10**6}), Shape())
+    parts = plan.memory(published(model=model, train={"micro_batch": 8}), Shape())
+    assert whole.logits - parts.logits == 2 * (2 * tokens * 131072 - (768 << 20))  # logits in bf16, and their gradient
+
+
 def test_stage_and_tensor_ranks_divide_the_parameters():
     config = published()
     halves = plan.stage_parameters(config.model, Shape(tensor=2))
