@@ -70,6 +70,8 @@ class ForwardTimer:
         if not self._on_gpu:
             self._marks.append(time.perf_counter())
             return
+        if torch.cuda.is_current_stream_capturing():  # nothing runs yet, and nobody can wait for an event of a graph
+            return
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         self._marks.append(event)

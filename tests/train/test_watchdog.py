@@ -196,6 +196,38 @@ def test_the_first_forward_is_timed_and_no_other():
     assert not blocks[0]._forward_pre_hooks and not blocks[1]._forward_hooks
 
 
+class Moment:
+    """Stands for an event of a GPU."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.time = 0.0
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Nothing runs behind the caller's back here."""
+
+    def elapsed_time(self, end: Moment) -> float:
+        return 1e3 * (end.time - self.time)
+
+
+def test_a_forward_that_is_recorded_as_a_graph_is_not_timed(monkeypatch):
+    """It does not run, and to wait for an event of it is an error; the next one that runs is timed."""
+    capturing = [True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "Event", Moment)
+    block = torch.nn.Linear(2, 2)
+    block.register_forward_hook(lambda *_: time.sleep(0.05))
+    timer = ForwardTimer([block], torch.device("cuda"))
+    with timer.timing():
+        block(torch.zeros(1, 2))
+        assert timer.seconds() == 0.0
+        capturing[0] = False
+        block(torch.zeros(1, 2))
+    assert timer.seconds() >= 0.05
+
+
 def slow_on_rank_one(settings: Config) -> None:
     from megarat.model.lm import Block
 
