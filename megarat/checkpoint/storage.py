@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import enum
 import hashlib
 import io
 import os
@@ -190,6 +191,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Called by the pickle machinery for each class the stream names."""
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         allowed = (
             (module == "torch.distributed.checkpoint.metadata" and name in self._METADATA_CLASSES)
             or (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
@@ -200,3 +203,10 @@ class _MetadataUnpickler(pickle.Unpickler):
         if not allowed:
             raise pickle.UnpicklingError(f"names {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
+
+
+def _enum_member(kind: Any, name: str) -> enum.Enum:
+    """What Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) pickle a member of an enum as: ``getattr`` of the class; and nothing else."""
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        raise pickle.UnpicklingError("names builtins.getattr, which no checkpoint needs but for an enum")
+    return kind[name]

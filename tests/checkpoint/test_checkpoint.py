@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import pickle
 import re
@@ -249,6 +250,33 @@ def test_a_pickle_that_would_run_code_is_refused(checkpoint, capsys):
         (checkpoint / "weights" / ".metadata").write_bytes(pickle.dumps(_Payload()))
         Reader(checkpoint / "weights").read_metadata()
     assert "never run" not in capsys.readouterr().out
+
+
+class _AsEarlyPython311(pickle.Pickler):
+    """Writes members of enums as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, obj):
+        """By ``getattr`` of the class, where later Pythons call it with the value."""
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, enum.Enum) else NotImplemented
+
+
+def test_a_checkpoint_of_an_early_python_3_11_is_read(checkpoint):
+    path = checkpoint / "weights" / ".metadata"
+    before = Reader(checkpoint / "weights").read_metadata()
+    metadata = pickle.loads(path.read_bytes())
+    with path.open("wb") as file:
+        _AsEarlyPython311(file).dump(metadata)
+    assert b"getattr" in path.read_bytes()
+    after = Reader(checkpoint / "weights").read_metadata()
+    assert after.state_dict_metadata == before.state_dict_metadata and after.storage_data == before.storage_data
+
+
+@pytest.mark.parametrize("kind", ["Metadata", "TensorProperties"])
+def test_getattr_of_anything_but_an_enum_is_refused(checkpoint, kind):
+    stream = b"cbuiltins\ngetattr\n(ctorch.distributed.checkpoint.metadata\n" + kind.encode() + b"\nV__init__\ntR."
+    (checkpoint / "weights" / ".metadata").write_bytes(stream)
+    with pytest.raises(UserError, match=r"names builtins.getattr, which no checkpoint needs but for an enum"):
+        Reader(checkpoint / "weights").read_metadata()
 
 
 def test_show_tells_where_a_checkpoint_stands(checkpoint):
