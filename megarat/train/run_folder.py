@@ -45,7 +45,7 @@ _FREE_KEYS = frozenset(
     ).split()
 )
 _FREE_SECTIONS = ("checkpoint.", "guard.", "log.", "parallel.")
-_PACKAGES = ("torch", "deepspeed", "triton", "numpy", "webdataset", "tensorboard")
+_PACKAGES = ("deepspeed", "triton", "numpy", "webdataset", "tensorboard")
 
 
 class Resume(NamedTuple):
@@ -109,7 +109,7 @@ def environment() -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "gpus": gpus,
         "cuda": torch.version.cuda,
-        "packages": {"megarat": megarat.__version__} | {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": _versions(),
         "git": _git_state(Path(megarat.__file__).parent),
     }
 
@@ -137,6 +137,12 @@ def _check_same_run(run_dir: Path, before: Config, now: Config) -> None:
             + "\nset these keys back to continue it, or give this run another run.dir (train.pairs may be raised; checkpoint.*, guard.*, log.*, "
             "parallel.*, train.micro_batch and other switches of speed alone may change)"
         )
+
+
+def _versions() -> dict[str, str]:
+    """Of what a run is made of. Torch says by itself which CUDA it was built for (2.11.0+cu130); its metadata need not."""
+    found = {name: version for name in _PACKAGES if (version := _version(name))}
+    return {"megarat": megarat.__version__, "torch": str(torch.__version__)} | found
 
 
 def _version(package: str) -> str | None:
