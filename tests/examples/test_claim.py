@@ -192,6 +192,12 @@ def documents_of(side: Path) -> set[tuple[int, ...]]:
     return documents
 
 
+def test_a_corpus_where_no_folder_can_be_made_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["corpus", str(tmp_path / "file")]) == 2
+    assert f"{tmp_path / 'file' / 'packages'}: cannot make this folder: Not a directory" in capsys.readouterr().err
+
+
 def test_kinds_hold_out_the_same_documents(built):
     whole, *kinds = (folder / "validation" for folder in (built / "shards", *(built / "kinds").glob("*[!l]")))
     held_out = [TokenReader(folder).index.total_documents for folder in kinds if folder.is_dir()]
