@@ -301,7 +301,7 @@ def _tuned_seeds(records: Sequence[Record], trained: str) -> int:
 def _needle_cell(records: Sequence[Record], trained: str, reading: str, task: str) -> str:
     share = needles_of(reading, task, trained)
     found = spread(records, share)
-    return "-" if found is None else Spread(*(100 * part for part in found[:2]), found.seeds).text(digits=0)
+    return "-" if found is None else Spread(100 * found.mean, 100 * found.half_range, found.seeds).text(digits=0)
 
 
 def milestones_table(experiment: Experiment) -> str:

@@ -65,28 +65,27 @@ def test_a_folder_in_use_is_refused_and_a_dead_holder_leaves_no_lock(tmp_path):
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
 
 
+def held_once_then_refused(run_dir, monkeypatch, number):
+    """This process has held the lock, so the file names it; from now on the system refuses with an error of that number."""
+    with run_lock(run_dir):
+        pass
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+
+
 @pytest.mark.parametrize(("number", "told"), [(errno.ENOSYS, "Function not implemented"), (errno.ENOLCK, "No locks available")])
 def test_a_file_system_without_locks_is_told_and_nobody_is_blamed(tmp_path, monkeypatch, number, told):
     """Lustre is often mounted without, and NFS may have lost its lock daemon; the file still names who held the lock before."""
-    with run_lock(tmp_path):
-        pass
-
-    def no_locks(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    held_once_then_refused(tmp_path, monkeypatch, number)
     with pytest.raises(UserError, match=rf"cannot lock .*lock: {told}"), run_lock(tmp_path):
         pass
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
 def test_either_word_of_the_system_for_a_lock_that_is_held_names_the_holder(tmp_path, monkeypatch, number):
-    with run_lock(tmp_path):
-        pass
-
-    def held(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "lockf", held)
+    held_once_then_refused(tmp_path, monkeypatch, number)
     with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on "), run_lock(tmp_path):
         pass
