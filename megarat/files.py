@@ -1,9 +1,19 @@
-"""Files that survive a crash: what was written is on the disk, and a file is replaced as a whole or not at all."""
+"""Folders that can be made or are refused in a line, and files that survive a crash: on the disk, replaced as a whole or not at all."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from megarat.errors import UserError
+
+
+def make_folder(folder: Path, setting: str) -> None:
+    """Make a folder and those above it, unless it is there. Raises ``UserError`` with the setting that names it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{setting} {folder}: cannot make this folder: {error.strerror}") from None
 
 
 def write_synced(path: Path, text: str) -> None:

@@ -25,6 +25,7 @@ from examples.claim.archives import ARCHIVES, MORE, Archive, Kind
 from megarat.data.format import file_sha256
 from megarat.demo import corpus as demo
 from megarat.errors import UserError
+from megarat.files import make_folder
 
 HELD_OUT = 0.01  # of the documents
 TEXT = ("manuals", "prose")  # the kinds that the anchor's corpus had
@@ -80,10 +81,7 @@ def _tokenizer(folder: Path) -> Path:
 def _gather(folder: Path, name: str, archives: Sequence[Archive], limit_bytes: int | None, sources: str) -> Path:
     """The file of documents, made unless it is there; and beside it what they come from."""
     packages, text = folder / "packages", folder / name
-    try:
-        packages.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{packages}: cannot make this folder: {error.strerror}; give another one") from None
+    make_folder(packages, "the corpus'")
     if not text.exists():
         notes = [_check(archive, _fetch(archive, packages)) for archive in archives]
         demo.write_documents(_documents(packages, archives), text, limit_bytes)

@@ -34,6 +34,7 @@ from megarat.eval.answers import Answerer
 from megarat.eval.needle import ANSWER_TOKENS, NeedleMaker
 from megarat.eval.perplexity import HeldOut, combine, perplexity_items
 from megarat.eval.retrieval import NeedleRun
+from megarat.files import make_folder
 from megarat.infer.load import LoadedModel, load
 from megarat.infer.reading import Reading
 from megarat.infer.text import find_tokenizer
@@ -132,10 +133,7 @@ def live(
     when ``stop`` or a signal asked for it.
     """
     config = arms.pretraining(path, arm, overrides)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot make this folder: {error.strerror}") from None
+    make_folder(out, "--out")
     target = out / f"{arm}-{config.train.seed}.json"
     results = Results.open(target, arm, config)
     left = [stage for stage in _stages(config, extras) if not results.has(stage)]

@@ -21,6 +21,7 @@ from megarat.checkpoint.save import discard_newer
 from megarat.config import Config
 from megarat.data.loader import PairBatch, chain
 from megarat.errors import StoppedEarly, UserError
+from megarat.files import make_folder
 from megarat.log import RunLog
 from megarat.mesh import DATA, start
 from megarat.model.flops import pair_flops_per_token, parameter_count, peak_flops
@@ -180,15 +181,8 @@ def _advance(state: CheckpointState, tokens: int, digest: int) -> None:
 
 def _enter(run_dir: Path, stack: ExitStack) -> None:
     """The run folder, made if need be and locked by the first rank for as long as the stack lives."""
-    _make_folder(run_dir)
+    make_folder(run_dir, "run.dir")
     stack.enter_context(run_lock(run_dir))
-
-
-def _make_folder(run_dir: Path) -> None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run.dir {run_dir}: cannot make this folder: {error.strerror}") from None
 
 
 @contextmanager
