@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
             "--adapt",
             choices=tuple(arms.ADAPTATIONS),
             default="full",
-            help="which adaptations; brief: D=16 and D=64 (%(default)s)",
+            help="which adaptations; brief: those to D=16 and D=64 (%(default)s)",
         )
         command.add_argument(
             "--needles", type=_at_least(0), default=0, metavar="BATCHES", help="also fine-tune on needle tasks, so many batches"

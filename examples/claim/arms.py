@@ -46,6 +46,7 @@ TINY, SHORT, LONG = 0.0025, 0.01, 0.041
 _HEADLINE = tuple((reading, share) for share in (LONG, SHORT) for reading in ("D=16", "D=64"))
 _OTHERS = tuple((reading, share) for share in (LONG, SHORT) for reading in READINGS if reading not in ("D=16", "D=64"))
 ADAPTATIONS: dict[str, tuple[tuple[str, float], ...]] = {
+    "none": (),
     "brief": _HEADLINE,
     "full": (*_HEADLINE, *_OTHERS, ("D=16", TINY), ("D=64", TINY)),
 }

@@ -23,8 +23,10 @@ import math
 import random
 import re
 import uuid
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -75,9 +77,10 @@ NEEDLE_TASKS = {
 
 
 class Sample(NamedTuple):
-    """A prompt and the values it asks for, in the order of the keys in the question."""
+    """A prompt, its tokens, and the values it asks for, in the order of the keys in the question."""
 
     prompt: str
+    ids: array[int]
     answers: tuple[str, ...]
 
     @property
@@ -112,8 +115,10 @@ class NeedleMaker:
         depths = sorted(rng.random() for _ in needles)
         asked = rng.sample(keys, spec.asked)
         filler = self._filler(spec, set(keys), rng)
-        prompt = self._longest_that_fits(lambda units: _prompt(spec, asked, _hide(needles, depths, filler(units), spec)), task)
-        return Sample(prompt, tuple(chain.from_iterable(values[key] for key in asked)))
+        prompt, ids = self._longest_that_fits(
+            lambda units: _prompt(spec, asked, _hide(needles, depths, filler(units), spec)), task
+        )
+        return Sample(prompt, ids, tuple(chain.from_iterable(values[key] for key in asked)))
 
     def _filler(self, spec: NeedleTask, keys: set[str], rng: random.Random) -> Callable[[int], list[str]]:
         """The first n units of this sample's filler; more units never change the ones before."""
@@ -133,24 +138,30 @@ class NeedleMaker:
 
         return distractors
 
-    def _longest_that_fits(self, build: Callable[[int], str], task: str) -> str:
-        """The prompt with as many filler units as their mean cost suggests, corrected once, and fewer while that is too long."""
-        bare = self._tokens(build(0))
+    def _longest_that_fits(self, build: Callable[[int], str], task: str) -> tuple[str, array[int]]:
+        """The prompt with as many filler units as their mean cost suggests, corrected once, and fewer while that is too long; and its tokens."""
+
+        @cache  # to encode is nearly all that a sample costs, and the last guess is the one before more often than not
+        def built(units: int) -> tuple[str, array[int]]:
+            prompt = build(units)
+            return prompt, array("i", self._tokenizer.encode([prompt])[0])
+
+        def tokens(units: int) -> int:
+            return len(built(units)[1])
+
+        bare = tokens(0)
         if bare > self._budget:
             raise UserError(
                 f"needle task {task}: the bare question has {bare} tokens, more than the {self._budget} a prompt may have; ask for longer "
                 f"sequences (prompts leave {ANSWER_TOKENS} tokens for the answer)"
             )
         probe = 32
-        cost = (self._tokens(build(probe)) - bare) / probe
+        cost = (tokens(probe) - bare) / probe
         units = int((self._budget - bare) / cost)
-        units += int((self._budget - self._tokens(build(units))) / cost)
-        while (excess := self._tokens(build(units)) - self._budget) > 0:
+        units += int((self._budget - tokens(units)) / cost)
+        while (excess := tokens(units) - self._budget) > 0:
             units = max(0, units - math.ceil(excess / cost))
-        return build(units)
-
-    def _tokens(self, text: str) -> int:
-        return len(self._tokenizer.encode([text])[0])
+        return built(units)
 
 
 def read_essay(path: str | Path, setting: str = "--needle-text") -> list[str]:

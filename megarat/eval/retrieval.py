@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from megarat.eval.answers import Answerer
 from megarat.eval.needle import ANSWER_TOKENS, NeedleMaker, Sample, ruler_score, set_score
@@ -33,13 +32,6 @@ class NeedleScore:
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
         return asdict(self)
-
-
-class Prompt(NamedTuple):
-    """A sample and its token ids."""
-
-    sample: Sample
-    ids: Sequence[int]
 
 
 class NeedleRun:
@@ -74,10 +66,8 @@ class NeedleRun:
             seconds=sum(part["seconds"] for part in parts),
         )
 
-    def _prompts(self, task: str, first: int, end: int) -> list[Prompt]:
-        made = [self._maker.sample(task, "validation", index) for index in range(first, end)]
-        encoded = self._answerer.tokenizer.encode([sample.prompt for sample in made])
-        return [Prompt(sample, array("i", ids)) for sample, ids in zip(made, encoded, strict=True)]
+    def _prompts(self, task: str, first: int, end: int) -> list[Sample]:
+        return [self._maker.sample(task, "validation", index) for index in range(first, end)]
 
     def _score(self, task: str, reading: Reading, first: int, end: int) -> dict[str, Any]:
         """Scores of each prompt, and what was answered."""
@@ -86,8 +76,8 @@ class NeedleRun:
         eos = (self._answerer.tokenizer.eos_id,)
         answers = self._answerer.answers(reading, [Request(prompt.ids, ANSWER_TOKENS, stop_ids=eos) for prompt in prompts])
         return {
-            "ruler": [ruler_score(text, prompt.sample.answers) for text, prompt in zip(answers, prompts, strict=True)],
-            "exact": [set_score(text, prompt.sample.answers) for text, prompt in zip(answers, prompts, strict=True)],
+            "ruler": [ruler_score(text, prompt.answers) for text, prompt in zip(answers, prompts, strict=True)],
+            "exact": [set_score(text, prompt.answers) for text, prompt in zip(answers, prompts, strict=True)],
             "answers": answers,
             "prompt_tokens": max(len(prompt.ids) for prompt in prompts),
             "seconds": time.perf_counter() - start,

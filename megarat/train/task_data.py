@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from megarat.data.tokenizer import Tokenizer
 from megarat.errors import UserError
 from megarat.eval.needle import ANSWER_TOKENS, NeedleMaker, read_essay
 from megarat.eval.tasks import parse_tasks
+
+_THREADS = 4  # tokenizers let go of the interpreter's lock; one thread starved an H200 of sequences of 1024 tokens
 
 
 class TaskLoader(PairSource):
@@ -42,12 +45,13 @@ class TaskLoader(PairSource):
         self._maker = NeedleMaker(tokenizer, data.sequence_length - ANSWER_TOKENS, seed=train.seed, essay=essay)
         self._global_batch, self._micro_batch = train.global_batch, train.micro_batch
         self._own = own_samples(train.global_batch, train.micro_batch, data_rank, data_size)
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="megarat-tasks")
         self.identity = hashlib.sha256(repr((self._tasks, tokenizer.sha256, essay)).encode()).hexdigest()
 
     def pair(self, n: int) -> PairBatch:
         """This rank's micro-batches of pair n."""
         positions = (n * self._global_batch + self._own).tolist()
-        samples = [self.sample(position) for position in positions]
+        samples = list(self._threads.map(self.sample, positions))
         digest = sum(sample_digest(p, tokens) for p, (tokens, _) in zip(positions, samples, strict=True)) % (1 << 64)
         size = self._micro_batch
         micro_batches = [_micro_batch(samples[first : first + size]) for first in range(0, len(samples), size)]
@@ -57,16 +61,16 @@ class TaskLoader(PairSource):
         """T + 1 tokens of a sample, and where in them answer and EOS are."""
         task = random.Random(f"{self._seed}/{position}").choice(self._tasks)
         made = self._maker.sample(task, "train", position)
-        prompt, answer = self._tokenizer.encode([made.prompt, made.target])
-        end = len(prompt) + len(answer) + 1
+        (answer,) = self._tokenizer.encode([made.target])
+        end = len(made.ids) + len(answer) + 1
         if end > self._length + 1:
             raise UserError(
                 f"data.task: the answer to a {task} prompt has {len(answer)} tokens of {self._tokenizer.file.name}, more than the "
                 f"{ANSWER_TOKENS} that prompts leave for it; choose other tasks"
             )
         tokens = np.full(self._length + 1, self._tokenizer.eos_id, token_dtype(self._tokenizer.vocab_size))
-        tokens[: end - 1] = prompt + answer
-        return tokens, slice(len(prompt), end)
+        tokens[: end - 1] = [*made.ids, *answer]
+        return tokens, slice(len(made.ids), end)
 
 
 def needle_tasks(text: str) -> tuple[str, ...]:

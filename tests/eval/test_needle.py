@@ -217,7 +217,7 @@ def test_answers_are_those_of_each_prompt_alone_under_every_reading(published, m
 def test_scores_are_means_over_the_samples_of_all_items(published, monkeypatch):
     """The model's part is played by a script: it gives every answer but those to each fourth prompt of an item."""
     run = needle_run(published, 700, samples=13, piece=5)
-    targets = {tuple(prompt.ids): prompt.sample.target for prompt in run.prompts("multivalue", 0, 13)}
+    targets = {tuple(prompt.ids): prompt.target for prompt in run.prompts("multivalue", 0, 13)}
 
     def answers(self, reading, requests):
         return ["" if index % 4 == 0 else targets[tuple(request.ids)] for index, request in enumerate(requests)]
