@@ -18,8 +18,18 @@ from megarat.model.pattern import Pattern, Patterns
 if TYPE_CHECKING:
     import torch
 
-# Dense bf16 matrix rate, FLOP/s, from the vendors' data sheets (SXM parts); keyed by a part of the device name.
-_PEAK_FLOPS = {"H200": 989.4e12, "H100": 989.4e12, "GH200": 989.4e12, "A100": 312e12, "B200": 2250e12}
+# Dense bf16 matrix rate, FLOP/s, from the vendors' data sheets; keyed by a part of the device name, of which the longest counts.
+_PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989.4e12,
+    "H100 PCIe": 756.5e12,
+    "H100 NVL": 835.5e12,
+    "H200": 989.4e12,
+    "H200 NVL": 835.5e12,
+    "GH200": 989.4e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+}
 
 
 def parameter_count(model: ModelConfig) -> int:
@@ -75,5 +85,5 @@ def peak_flops(device: torch.device | str) -> float | None:
     if torch.device(device).type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    matches = [rate for part, rate in _PEAK_FLOPS.items() if part in name]
-    return matches[0] if matches else None
+    part = max((part for part in _PEAK_FLOPS if part in name), key=len, default=None)
+    return None if part is None else _PEAK_FLOPS[part]

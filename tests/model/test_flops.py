@@ -111,7 +111,17 @@ def test_a_cpu_has_no_peak():
     assert peak_flops("cpu") is None
 
 
-@pytest.mark.parametrize(("name", "peak"), [("NVIDIA H200", 989.4e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("Some GPU", None)])
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756.5e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GB200", 2500e12),
+        ("Some GPU", None),
+    ],
+)
 def test_the_peak_is_found_by_the_name_of_the_gpu(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops("cuda") == peak
