@@ -30,18 +30,35 @@ class _Whole:
         self.width = fused_BTX.shape[-1] // count
         self.first = int(fused_BTX.storage_offset())
         self.storage = StorageWeakRef(fused_BTX.untyped_storage())  # keeps the storage's identity, not its memory
-        self.begin()
+        self.forget()
 
-    def begin(self) -> None:
-        """Forget the gradient of the last backward."""
+    def forget(self) -> None:
+        """The gradient of the last backward, which is its caller's now."""
+        self.backward = -1
         self.gradient: Tensor | None = None
         self.claimed: set[int] = set()
 
+    def claim(self, offset: int) -> bool:
+        """Whether the part there has no gradient yet in the backward that runs."""
+        self._begin()
+        if offset in self.claimed:
+            return False
+        self.claimed.add(offset)
+        return True
+
     def buffer(self) -> Tensor:
         """Uninitialised, contiguous, of the fused tensor's shape."""
+        self._begin()
         if self.gradient is None:
             self.gradient = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         return self.gradient
+
+    def _begin(self) -> None:
+        """What a backward left that never came to the fused tensor (`autograd.grad` of a part) belongs to whoever asked for it."""
+        running = torch._C._current_graph_task_id()
+        if running != self.backward:
+            self.forget()
+            self.backward = running
 
 
 # The fused tensors whose parts are in use, by the identity of their storage. Each graph that may run backward owns its entry's value; when
@@ -77,10 +94,7 @@ class GradientPlace(NamedTuple):
 
     def claimed(self) -> GradientPlace:
         """This place for one gradient of the backward that runs; for a second one of the same part memory of its own: autograd adds both."""
-        if self.whole is None or self.offset in self.whole.claimed:
-            return self.alone()
-        self.whole.claimed.add(self.offset)
-        return self
+        return self if self.whole is not None and self.whole.claim(self.offset) else self.alone()
 
     def empty(self) -> Tensor:
         """The memory, uninitialised."""
@@ -104,7 +118,7 @@ class _Parts(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:
         """The whole gradient, of which most parts are in place."""
         whole_BTX = ctx.whole.buffer()
-        ctx.whole.begin()
+        ctx.whole.forget()
         for place, gradient in zip(whole_BTX.chunk(len(gradients), dim=-1), gradients, strict=True):
             if gradient is None:
                 place.zero_()

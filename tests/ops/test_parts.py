@@ -73,6 +73,16 @@ def test_a_graph_runs_backward_twice():
     assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
 
 
+def test_a_part_s_own_gradient_is_not_written_again_by_a_later_backward():
+    leaf = torch.randn(1, 3, 16, requires_grad=True)
+    a, b = (piece.unflatten(-1, (2, 4)) for piece in in_place(leaf * 1.0, 2))
+    doubled = Doubled.apply(a)
+    (kept,) = torch.autograd.grad(doubled.sum(), a, retain_graph=True)  # never comes to the fused tensor
+    (doubled * 3 + Doubled.apply(b) * 5).sum().backward()
+    assert torch.equal(kept, torch.full_like(a, 2.0))
+    assert torch.equal(leaf.grad, torch.cat((torch.full((1, 3, 8), 6.0), torch.full((1, 3, 8), 10.0)), dim=-1))
+
+
 def test_gradients_made_in_place_are_not_copied():
     leaf = torch.randn(2, 6, 16, requires_grad=True)
     fused = leaf * 1.0
