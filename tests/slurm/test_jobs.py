@@ -282,7 +282,7 @@ def holder(run: Path) -> int:
 
 def second_rank(run: Path) -> int:
     """The process of rank 1 of a run, as soon as there is one."""
-    return rank_of(f'run.dir="{run}"', rank=1)
+    return rank_of(f"run.dir='{run}'", rank=1)
 
 
 def rank_of(*words: str, rank: int = 0) -> int:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megarat import config
+
 sys.path.append(str(Path(__file__).resolve().parents[2] / "slurm"))
 from collective import rounds
 from history import DIED, DONE, HUNG, LOST, STOPPED, UNHEALTHY, Ending, History, decide, progress
 from job import culprits
-from submit import Refused, notice
+from submit import ROOT, Refused, notice
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5, 8, 33])
@@ -92,7 +96,7 @@ def test_progress_is_the_last_whole_line_or_the_files_of_an_evaluation_or_a_buil
         folder.mkdir(parents=True)
     assert progress(run) is None
     (run / "metrics.jsonl").write_text('{"pair": 3}\n{"pair": 4}\n{"pa')
-    (out / "work/a/item-1.json").write_text("{}")
+    (out / "work/a/item-1.json").write_text("data: {shards: x}")
     (tmp_path / ".corpus.partial/parts/1").write_text("")
     assert (progress(run), progress(out), progress(build)) == (4, 1, 2)
 
@@ -130,3 +134,19 @@ def test_a_limit_that_a_stop_does_not_fit_into_is_refused():
     plan = {"pair_seconds": 100, "checkpoint_bytes": 900e9, "config": {"checkpoint": {"asynchronous": False}}}
     with pytest.raises(Refused, match="--time 15: two pairs and a checkpoint alone take 1100 s"):
         notice(argparse.Namespace(notice=None, time="15"), plan)
+
+
+@pytest.mark.parametrize("script", ["pretrain", "adapt"])
+def test_a_job_names_its_folder_to_the_run_whatever_characters_it_has(tmp_path, script):
+    folder = str(tmp_path / """it's "one": {x} \\ $(false) #2""")
+    shown = tmp_path / "python"
+    shown.write_text('#!/bin/bash\nprintf "%s\\0" "$@"\n')
+    shown.chmod(0o755)
+    settings = os.environ | {"MEGARAT_ROOT": str(ROOT), "MEGARAT_PYTHON": str(shown)}
+    done = subprocess.run(
+        ["bash", ROOT / f"slurm/{script}.sbatch", folder, "x.yaml"], env=settings, capture_output=True, check=True
+    )
+    arguments = done.stdout.decode().split("\0")[:-1]
+    (tmp_path / "x.yaml").write_text("data: {shards: x}")
+    assert config.load(tmp_path / "x.yaml", (arguments[arguments.index("--set") + 1],)).run.dir == folder
+    assert arguments[arguments.index("--run-dir") + 1] == folder
