@@ -250,7 +250,8 @@ def _discard(folder: Path) -> None:
     """Remove a checkpoint without a moment at which half of it looks like one."""
     discarded = folder.with_name(DISCARDED_PREFIX + folder.name)
     shutil.rmtree(discarded, ignore_errors=True)
-    folder.rename(discarded)
+    with contextlib.suppress(FileNotFoundError):  # somebody clears up old checkpoints by hand, and was faster
+        folder.rename(discarded)
     shutil.rmtree(discarded, ignore_errors=True)
 
 

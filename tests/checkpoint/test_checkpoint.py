@@ -302,6 +302,22 @@ def test_keeping_the_newest_and_the_milestones(tmp_path):
     assert sorted(folder.name for folder in tmp_path.glob("*_*")) == [f"pair_0000000{pair}" for pair in (3, 6, 7)]
 
 
+def test_a_checkpoint_that_somebody_else_removes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    """As a script does that clears up the disk while runs go on."""
+    for pair in range(1, 5):
+        save(tmp_path, snapshot(pair, "fp32"))
+    rename = Path.rename
+
+    def too_late(self, target):
+        if self.name == "pair_00000001":
+            shutil.rmtree(self)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", too_late)
+    prune(tmp_path, keep=2, keep_every=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "pair_00000003", "pair_00000004"]
+
+
 TOLD = {"step": 41, "pattern": "D=8,W=2,I=1"}
 
 
