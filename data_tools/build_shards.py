@@ -83,6 +83,8 @@ def build(
         opened, sources = team.together(lambda: (load_tokenizer(tokenizer), find_sources(inputs)))
         job = _Job(sources, _hash_inputs(sources, workers, team), opened, Path(output), options, workers)
         if team.together(lambda: _is_finished(job)):
+            if team.rank == 0:
+                _remove_leftover(_staging_path(job.output))
             return _read_result(job.output, built=False)
         with _staging_folder(job, team) as staging:
             parts = team.together(lambda: plan_parts(sources, job.hashes, opened, options, part_bytes))
@@ -159,6 +161,18 @@ def _read_result(output: Path, *, built: bool) -> Result:
     return Result(Index.read(output / "train"), Index.read(output / "validation") if has_validation else None, built)
 
 
+def _staging_path(output: Path) -> Path:
+    return output.absolute().parent / f".{output.absolute().name}.partial"
+
+
+def _remove_leftover(staging: Path) -> None:
+    """Frees the disk of what a build has left that was killed after its last rename: the tokens of all parts, out of sight."""
+    with suppress(OSError):  # there is none, most often; or its build is still clearing up
+        descriptor = _lock(staging)
+        shutil.rmtree(staging, ignore_errors=True)
+        os.close(descriptor)
+
+
 @contextmanager
 def _staging_folder(job: _Job, team: Team) -> Iterator[Path]:
     """The hidden folder of the work beside the output; it goes when the work is done, or when nothing finished is in it.
@@ -166,7 +180,7 @@ def _staging_folder(job: _Job, team: Team) -> Iterator[Path]:
     Raises:
         UserError: it cannot be made, or a build of the same output is running.
     """
-    staging = job.output.absolute().parent / f".{job.output.absolute().name}.partial"
+    staging = _staging_path(job.output)
     descriptor = team.together(lambda: _make_staging(staging) if team.rank == 0 else None)
     team.watch(staging / "stop")
     try:
@@ -187,13 +201,22 @@ def _make_staging(staging: Path) -> int:
     with named_errors(staging):
         for folder in (staging, staging / "parts", staging / "shards"):
             folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(staging, os.O_RDONLY)
+        try:
+            descriptor = _lock(staging)
+        except BlockingIOError:
+            raise UserError(f"{staging}: another build of the same output is running") from None
+    (staging / "stop").unlink(missing_ok=True)
+    return descriptor
+
+
+def _lock(staging: Path) -> int:
+    """Locks the folder of the work; returns the descriptor that holds the lock. Raises ``BlockingIOError`` where another build has it."""
+    descriptor = os.open(staging, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:
         os.close(descriptor)
-        raise UserError(f"{staging}: another build of the same output is running") from None
-    (staging / "stop").unlink(missing_ok=True)
+        raise
     return descriptor
 
 

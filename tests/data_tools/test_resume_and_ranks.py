@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -194,6 +195,32 @@ def test_a_stopped_build_goes_on_without_redoing_its_finished_parts(
         build_small(work, tokenizer_file, "out", part_bytes=2500, shard_tokens=1 << 14)
     assert watched.items() <= kept.items()
     assert files_of(work / "out") == files_of(work / "whole")
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_what_a_build_left_that_was_killed_after_its_last_rename_goes_with_the_same_command(
+    work: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch, running: bool
+) -> None:
+    """The tokens of all parts, as large as the corpus, out of sight; not while the other build is clearing up itself."""
+    publish = build_shards._publish
+
+    def publish_and_die(corpus: Path, output: Path) -> None:
+        publish(corpus, output)
+        killed()
+
+    monkeypatch.setattr(build_shards, "_publish", publish_and_die)
+    with pytest.raises(Interrupted):
+        build_small(work, tokenizer_file, "out")
+    monkeypatch.undo()
+    corpus, staging = files_of(work / "out"), work / ".out.partial"
+    assert list(staging.glob("parts/*.tokens"))
+    descriptor = os.open(staging, os.O_RDONLY)
+    if running:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert not build_small(work, tokenizer_file, "out").built
+    os.close(descriptor)
+    assert staging.exists() is running
+    assert files_of(work / "out") == corpus
 
 
 def test_a_build_stopped_among_its_shards_does_not_write_the_finished_ones_again(
