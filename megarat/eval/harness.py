@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megarat.data.format import file_sha256
 from megarat.errors import UserError
 from megarat.eval.likelihood import Scorer
 
@@ -47,12 +48,7 @@ def check_tasks(folder: str | Path | None, tasks: Sequence[str]) -> Path:
     how = "write it with: python -m data_tools.prepare_eval WHEEL --output DIR, and give --eval-data DIR"
     if folder is None:
         raise UserError(f"--tasks harness: needs local data; {how}")
-    missing = [
-        str(path)
-        for task in tasks
-        for path in (Path(folder) / "tasks" / f"{task}.yaml", Path(folder) / "data" / f"{task}.jsonl")
-        if not path.is_file()
-    ]
+    missing = [str(path) for task in tasks for path in _files(Path(folder), task) if not path.is_file()]
     if missing:
         known = ", ".join(sorted(path.stem for path in (Path(folder) / "tasks").glob("*.yaml"))) or "no task"
         raise UserError(f"--tasks harness: {missing[0]} is missing (found in {folder}: {known}); {how}")
@@ -61,6 +57,15 @@ def check_tasks(folder: str | Path | None, tasks: Sequence[str]) -> Path:
             "--tasks harness: lm-evaluation-harness is not installed; pip install 'lm-eval>=0.4.9' (or megarat[eval])"
         )
     return Path(folder)
+
+
+def task_content(folder: Path, task: str) -> str:
+    """What names a task's definition and items, wherever they lie: the hashes of its two files."""
+    return "/".join(file_sha256(file) for file in _files(folder, task))
+
+
+def _files(folder: Path, task: str) -> tuple[Path, Path]:
+    return folder / "tasks" / f"{task}.yaml", folder / "data" / f"{task}.jsonl"
 
 
 def run_harness(scorer: Scorer, pattern: str, tasks: Sequence[str], folder: Path, limit: int | None = None) -> list[HarnessScore]:

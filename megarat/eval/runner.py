@@ -15,11 +15,13 @@ from tqdm import tqdm
 
 import megarat
 from megarat.checkpoint import load as checkpoints
+from megarat.data.format import file_sha256
 from megarat.data.reader import TokenReader, check_vocabulary
 from megarat.data.store import join
+from megarat.data.tokenizer import load_tokenizer
 from megarat.errors import UserError
 from megarat.eval.answers import Answerer
-from megarat.eval.harness import HarnessScore, check_tasks, run_harness
+from megarat.eval.harness import HarnessScore, check_tasks, run_harness, task_content
 from megarat.eval.likelihood import Scorer
 from megarat.eval.longbench import LONGBENCH_AVERAGE, LongBenchRun, LongBenchScore, check_files
 from megarat.eval.needle import ANSWER_TOKENS, NeedleMaker, read_essay
@@ -185,7 +187,7 @@ def _harness(
         return replace(row, cache_bytes_per_sequence=cache_bytes(model.config, reading, length)).to_dict()
 
     items = [
-        Item(f"harness-{task}-{short_hash(str(reading))}", 1, partial(score, reading, task))
+        Item(f"harness-{task}-{short_hash(f'{task_content(folder, task)}/{reading}')}", 1, partial(score, reading, task))
         for reading in readings
         for task in tasks
     ]
@@ -203,8 +205,10 @@ def _name_of_work(model: LoadedModel, length: int, settings: EvalSettings) -> st
     """A name that is the same for processes and runs that may share results: what can change one goes into it, or into the items' names."""
     free = {"patterns", "tasks", "device", "progress"}
     chosen = {name: value for name, value in asdict(settings).items() if name not in free}
-    dtype = str(model.lm.embedding.weight.dtype)
-    named = (megarat.__version__, checkpoints.identity(model.checkpoint), dtype, length, chosen)
+    if settings.tokenizer is not None:  # another one may come to lie at its path; the checkpoint's own is part of its identity
+        chosen["tokenizer"] = [file_sha256(file) for file in load_tokenizer(settings.tokenizer).files]
+    computed = (str(model.lm.embedding.weight.dtype), model.device.type)
+    named = (megarat.__version__, checkpoints.identity(model.checkpoint), computed, length, chosen)
     return short_hash(repr(named))
 
 

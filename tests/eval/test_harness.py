@@ -126,7 +126,30 @@ def test_generation_requests_are_read_and_sampling_is_refused():
         harness._generation("p", {"temperature": 0.7})
 
 
-def test_a_piece_of_work_gives_signs_of_life_on_its_way(published, monkeypatch, tmp_path):
+def scored(model: LoadedModel, prepared: Path, work: Path | None = None) -> list[HarnessScore]:
+    """A row of `piqa`, as ``megarat eval`` has it made."""
+    settings = EvalSettings([], eval_data=str(prepared), progress=False)
+    return runner._harness(model, [Reading(model.patterns)], ["piqa"], 64, settings, Together(Work(work), None))
+
+
+@pytest.mark.parametrize("file", ["data/piqa.jsonl", "tasks/piqa.yaml"])
+def test_other_items_or_another_definition_at_the_same_place_are_scored_anew(published, prepared, monkeypatch, tmp_path, file):
+    def task(scorer, pattern, tasks, folder, limit):
+        lines = (folder / "data/piqa.jsonl").read_text().count("\n") + (folder / "tasks/piqa.yaml").read_text().count("\n")
+        return [HarnessScore(pattern, tasks[0], {}, {}, lines, 1.0, 1.0)]
+
+    model = LoadedModel(published, resolve("dense", 2, 2), tmp_path)
+    monkeypatch.setattr(runner, "run_harness", task)
+    monkeypatch.setattr(runner, "check_tasks", lambda folder, tasks: Path(folder))
+    monkeypatch.setattr(runner, "find_tokenizer", lambda model, named: Bytes())
+    [first] = scored(model, prepared, tmp_path / "work")
+    assert scored(model, prepared, tmp_path / "work") == [first]
+    with (prepared / file).open("a") as opened:
+        opened.write("\n")
+    assert scored(model, prepared, tmp_path / "work")[0].samples == first.samples + 1
+
+
+def test_a_piece_of_work_gives_signs_of_life_on_its_way(published, prepared, monkeypatch, tmp_path):
     """A task of the harness, or prompts of a long answer, may take hours on one process; a job without a sign of life is killed."""
     file = tmp_path / "heartbeat"
     file.write_text("7.0")
@@ -148,9 +171,9 @@ def test_a_piece_of_work_gives_signs_of_life_on_its_way(published, monkeypatch, 
 
     model = LoadedModel(published, resolve("dense", 2, 2), tmp_path)
     monkeypatch.setattr(runner, "run_harness", task)
-    monkeypatch.setattr(runner, "check_tasks", lambda folder, tasks: folder)
+    monkeypatch.setattr(runner, "check_tasks", lambda folder, tasks: Path(folder))
     monkeypatch.setattr(runner, "find_tokenizer", lambda model, named: Bytes())
-    runner._harness(model, [Reading(model.patterns)], ["piqa"], 64, EvalSettings([], progress=False), Together(Work(None), None))
+    scored(model, prepared)
     answerer = Answerer(published, Bytes(), batch=1, capacity=16)
     seen.append(ages(lambda: answerer.answers(Reading(model.patterns), [Request([1, 2], 3)])))
     assert seen == [False, False, False]

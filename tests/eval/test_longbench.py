@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from megarat import cli
+from megarat.checkpoint.convert import import_upstream
 from megarat.errors import UserError
 from megarat.eval import longbench
 from megarat.eval.answers import Answerer
@@ -25,6 +30,7 @@ from megarat.eval.longbench import (
     shortened,
     without_middle,
 )
+from megarat.eval.runner import EvalSettings, evaluate
 from megarat.infer.reading import Reading
 from megarat.model.pattern import resolve
 
@@ -214,6 +220,30 @@ def test_the_benchmarks_own_prompts_are_taken_where_they_are(published, folder, 
     (folder / "dataset2prompt.json").write_text("{")
     with pytest.raises(UserError, match=r"dataset2prompt.json: not JSON"):
         run(published, folder, monkeypatch)
+
+
+def write_tokenizer(folder: Path, first: str) -> None:
+    """Every word but one is unknown, and is what prompts and answers are made of then."""
+    made = tokenizers.Tokenizer(WordLevel({first: 0, "</s>": 1, "Passage": 2}, unk_token=first))
+    made.pre_tokenizer = Whitespace()
+    folder.mkdir(exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+
+
+def test_another_tokenizer_at_the_same_place_answers_anew(golden_pth, folder, tmp_path, monkeypatch):
+    import_upstream(golden_pth, tmp_path / "tiny")
+    monkeypatch.setattr("megarat.eval.runner.speed_items", lambda *_: [])
+    monkeypatch.setattr(Answerer, "answers", lambda self, _, requests: [self.tokenizer.decode([0])] * len(requests))
+    settings = EvalSettings(
+        ["dense"], ("longbench:hotpotqa",), longbench_data=str(folder), sequence_length=120, device="cpu", progress=False
+    )
+    settings = dataclasses.replace(settings, tokenizer=str(tmp_path / "tokenizer"))
+    scores = []
+    for first in ("none", "other"):  # "none" is right everywhere
+        write_tokenizer(tmp_path / "tokenizer", first)
+        [row] = evaluate(tmp_path / "tiny", settings, tmp_path / "out")["tasks"]["longbench"]
+        scores.append(row["score"])
+    assert scores == [1.0, 0.0]
 
 
 def test_sequences_too_short_for_an_answer_are_refused(published, folder, monkeypatch):

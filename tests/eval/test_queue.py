@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megarat.checkpoint.convert import import_upstream
 from megarat.data.format import Piece, ShardWriter, TokenizerInfo, token_dtype
@@ -18,6 +19,7 @@ from megarat.errors import StoppedEarly, UserError
 from megarat.eval import perplexity, queue
 from megarat.eval.queue import Item, Work
 from megarat.eval.runner import EvalSettings, evaluate
+from megarat.infer.load import LoadedModel
 from megarat.train.guard import StopRequest
 
 
@@ -171,3 +173,16 @@ def test_an_interrupted_evaluation_goes_on_and_a_changed_one_starts_anew(checkpo
         scored.clear()
         evaluate(checkpoint, settings(shards, **change), tmp_path)
         assert scored
+
+
+def test_what_another_kind_of_device_scored_is_scored_anew(checkpoint, shards, tmp_path, monkeypatch):
+    """Its rows and its speed would be told as this one's."""
+    evaluate(checkpoint, settings(shards), tmp_path)
+    scored = []
+    monkeypatch.setattr("megarat.eval.speed.measure", lambda *_: scored.append("speed") or {})
+    monkeypatch.setattr(perplexity, "batch_loss", lambda *_: scored.append("loss") or 1.0)
+    evaluate(checkpoint, settings(shards), tmp_path)
+    assert not scored
+    monkeypatch.setattr(LoadedModel, "device", torch.device("cuda"))
+    evaluate(checkpoint, settings(shards), tmp_path)
+    assert set(scored) == {"speed", "loss"}
