@@ -20,7 +20,7 @@ import numpy.typing as npt
 from data_tools.parts import PartFolder, PartRecord, write_json
 from data_tools.team import Team
 from data_tools.tokenise import Options
-from megarat.data.format import IntArray, Piece, Shard, shard_from_json, shard_to_json, write_shard
+from megarat.data.format import IntArray, Piece, Shard, named_errors, shard_from_json, shard_to_json, write_shard
 from megarat.errors import UserError
 
 _BUCKETS = 16  # documents are compared in this many groups by their digest: a bound on memory
@@ -142,11 +142,12 @@ class ShardFolder:
         """
         size = self._options.shard_tokens
         numbers = range(-(-self._stream.tokens // size))
-        if numbers:
-            self._folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(min(threads, _MOST_THREADS)) as pool:
 
             def finish() -> None:
+                if numbers:
+                    with named_errors(self._folder):
+                        self._folder.mkdir(parents=True, exist_ok=True)
                 for _ in pool.map(self._finish, [team] * len(numbers), numbers[team.rank :: team.size]):
                     pass
 

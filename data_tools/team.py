@@ -6,7 +6,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,7 +63,8 @@ class Team:
         except (UserError, Interrupted, _StoppedByAnother) as caught:
             error = caught
             if self._stop_file is not None:
-                self._stop_file.touch()
+                with suppress(OSError):  # the error may be a full disk; without the file the others come to the end of their work
+                    self._stop_file.touch()
         errors = [e for e in self.gather(error) if e is not None and not isinstance(e, _StoppedByAnother)]
         for kind in (UserError, Interrupted):
             if found := next((e for e in errors if isinstance(e, kind)), None):

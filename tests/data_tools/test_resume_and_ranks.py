@@ -322,6 +322,26 @@ def test_a_disk_that_fills_up_among_the_shards_is_named_and_the_build_goes_on_la
     assert files_of(work / "out") == files_of(work / "whole")
 
 
+def test_a_disk_without_room_for_one_more_name_is_one_message(
+    work: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quota of files: neither the shards' folder can be made nor the file that tells the other ranks to stop."""
+    mkdir = Path.mkdir
+
+    def refuse(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(Path, "mkdir", lambda path, *a, **k: (refuse if path.name == "train" else mkdir)(path, *a, **k))
+    with pytest.raises(UserError, match=r"corpus/train: cannot be written: Disk quota exceeded"):
+        build_small(work, tokenizer_file, "out")
+    assert not (work / "out").exists()
+    monkeypatch.undo()
+    build_small(work, tokenizer_file, "out")
+    build_small(work, tokenizer_file, "whole")
+    assert files_of(work / "out") == files_of(work / "whole")
+
+
 def killed(*_: object, **__: object) -> None:
     raise Interrupted("as by SIGKILL: nothing is cleared up")
 
