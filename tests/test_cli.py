@@ -15,6 +15,7 @@ import yaml
 
 import megarat
 from megarat import cli
+from megarat.data.tokenizer import load_tokenizer
 from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED, StoppedEarly
 
 
@@ -101,8 +102,8 @@ def test_generate_continues_a_prompt_with_the_tokens_of_the_model(capsys, checkp
     assert "2 layers x 256, 2 heads of 128, pattern D=4,W=2,I=0" in err and "cache for" in err
 
 
-def test_eval_prints_a_table_and_writes_results(capsys, checkpoint, tmp_path):
-    shards = tiny_run.write_shards(tmp_path / "shards")
+def test_eval_prints_a_table_and_writes_results(capsys, checkpoint, tokenizer, tmp_path):
+    shards = tiny_run.write_shards(tmp_path / "shards", tokenizer=load_tokenizer(tokenizer).info)
     arguments = ["--shards", shards, "--split", "train", "--sequence-length", 64, "--device", "cpu", "--out", tmp_path / "out"]
     code, out, _ = run(capsys, "eval", checkpoint, *arguments, "--pattern", "dense", "--pattern", "[dense, [D=4, 'D=8,W=1']]")
     assert code == 0

@@ -47,13 +47,15 @@ def micro_batches(count: int, seed: int = 0, rows: int = 2) -> list[tuple[torch.
     return batches
 
 
-def write_shards(folder: Path, tokens: int = 3000, seed: int = 0) -> Path:
-    """A corpus of random documents under ``folder/train``, id 2 closing each; returns ``folder``."""
+NO_TOKENIZER = TokenizerInfo("none", "sentencepiece", "0" * 64)
+
+
+def write_shards(folder: Path, tokens: int = 3000, seed: int = 0, tokenizer: TokenizerInfo = NO_TOKENIZER) -> Path:
+    """A corpus of random documents under ``folder/train``, id 2 closing each, said to be made with ``tokenizer``; returns ``folder``."""
     generator = np.random.default_rng(seed)
     stream = generator.integers(3, VOCAB, tokens).astype(token_dtype(VOCAB))
     ends = np.arange(50, tokens + 1, 50)
     stream[ends - 1] = 2
-    tokenizer = TokenizerInfo("none", "sentencepiece", "0" * 64)
     with ShardWriter(folder / "train", vocab_size=VOCAB, eos_id=2, tokenizer=tokenizer) as writer:
         writer.add(Piece(stream, ends))
         writer.finish({"seed": seed})

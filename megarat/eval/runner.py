@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import megarat
 from megarat.checkpoint import load as checkpoints
-from megarat.data.format import file_sha256
+from megarat.data.format import Index, file_sha256
 from megarat.data.reader import TokenReader, check_vocabulary
 from megarat.data.store import join
 from megarat.data.tokenizer import load_tokenizer
@@ -126,10 +126,23 @@ def _perplexity(
         raise UserError(f"--split: {settings.split!r}; expected {' or '.join(SPLITS)}")
     reader = TokenReader(join(shards, settings.split))
     check_vocabulary(reader.index, model.config.vocab)
+    _check_tokenizer(model, reader.index, settings.tokenizer)
     separate = checkpoints.load_state(model.checkpoint).config.data.documents == "separate"
     corpus = HeldOut(reader, length, settings.limit_tokens, separate)
     items = perplexity_items(model.lm, readings, corpus, settings.micro_batch)
     return combine(model.lm, readings, _run(work, items, "perplexity", "tok", settings), length)
+
+
+def _check_tokenizer(model: LoadedModel, index: Index, given: str | None) -> None:
+    """Refuse shards whose ids do not mean what the model's do, where a tokenizer is stored with it or given."""
+    if given is None and checkpoints.tokenizer_folder(model.checkpoint) is None:
+        return
+    own, made_by = find_tokenizer(model, given), index.tokenizer
+    if own.sha256 != made_by.sha256:
+        raise UserError(
+            f"--shards: {index.location} was made with {made_by.name} (SHA-256 {made_by.sha256}), not with {own.file} (SHA-256 {own.sha256}); the "
+            "loss on other ids would mean nothing: name shards of that tokenizer, or with --tokenizer the shards' own if both give the same ids"
+        )
 
 
 def _answerer(model: LoadedModel, length: int, settings: EvalSettings) -> Answerer:

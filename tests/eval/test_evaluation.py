@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 import megarat
 from megarat.checkpoint.convert import import_upstream
-from megarat.data.format import Piece, ShardWriter, TokenizerInfo, token_dtype
+from megarat.data.format import Piece, ShardWriter, TokenizerInfo, file_sha256, token_dtype
 from megarat.errors import UserError
 from megarat.eval.perplexity import PatternScore
 from megarat.eval.runner import EvalSettings, evaluate, human_bytes, table, write_results
@@ -22,9 +23,9 @@ VOCAB, EOS, LENGTH = 512, 2, 32
 PATTERNS = ["dense", "D=16,W=8,I=4", ["D=4", "D=-1,W=3"]]
 
 
-def write_corpus(folder: Path, stream: np.ndarray, vocab: int = VOCAB) -> None:
+def write_corpus(folder: Path, stream: np.ndarray, vocab: int = VOCAB, sha256: str = "0" * 64) -> None:
     ends = np.flatnonzero(stream == EOS) + 1
-    tokenizer = TokenizerInfo("none", "sentencepiece", "0" * 64)
+    tokenizer = TokenizerInfo("none", "sentencepiece", sha256)
     with ShardWriter(folder, vocab_size=vocab, eos_id=EOS, tokenizer=tokenizer) as writer:
         writer.add(Piece(stream.astype(token_dtype(vocab)), ends))
         writer.finish({})
@@ -214,6 +215,27 @@ def test_a_corpus_of_a_larger_vocabulary_is_refused(checkpoint, stream, tmp_path
     write_corpus(tmp_path / "validation", stream, vocab=600)
     with pytest.raises(UserError, match="600"):
         evaluate(checkpoint, settings(tmp_path))
+
+
+def write_tokenizer(folder: Path, word: str) -> Path:
+    """A Hugging Face tokenizer of two words and EOS."""
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, word: 1, "</s>": EOS}, unk_token="<unk>"))
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(golden_pth, stream, tmp_path):
+    """Of the same size: its ids are all in the vocabulary, and mean something else."""
+    own, other = (write_tokenizer(tmp_path / word, word) for word in ("own", "other"))
+    import_upstream(golden_pth, tmp_path / "tiny", own)
+    for folder in (own, other):
+        write_corpus(tmp_path / "of" / folder.name / "validation", stream, sha256=file_sha256(folder / "tokenizer.json"))
+    assert evaluate(tmp_path / "tiny", settings(tmp_path / "of" / "own", patterns=["D=4"]))
+    another = settings(tmp_path / "of" / "other", patterns=["D=4"])
+    with pytest.raises(UserError, match=r"--shards: .*of/other/validation was made with .* not with .*tokenizer\.json"):
+        evaluate(tmp_path / "tiny", another)
+    assert evaluate(tmp_path / "tiny", dataclasses.replace(another, tokenizer=str(other)))  # said to give the same ids
 
 
 def test_a_corpus_with_nothing_to_score_is_refused(checkpoint, tmp_path):
