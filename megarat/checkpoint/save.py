@@ -45,7 +45,7 @@ from megarat.checkpoint.manifest import (
     write_manifest,
 )
 from megarat.checkpoint.shards import Held, SavePlanner, as_state_dict, bytes_held
-from megarat.checkpoint.storage import Writer
+from megarat.checkpoint.storage import Writer, os_error
 from megarat.config import Config, ModelConfig
 from megarat.errors import ToldByFirstRank, UserError
 from megarat.files import replace_synced, sync, write_synced
@@ -261,27 +261,13 @@ def _disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
-        cause = _os_error(error)
+        cause = os_error(error)
         if cause is None:
             raise
         raise UserError(
             f"cannot write {target}: {cause.strerror or cause}. Earlier checkpoints are untouched; make room ({_free(target)} free) "
             "or change run.dir, then start the same command again"
         ) from None
-
-
-def _os_error(error: BaseException) -> OSError | None:
-    """The operating system's error behind one of torch's: it arrives wrapped, or only as the context of another."""
-    seen: list[BaseException | None] = [error]
-    if isinstance(error, CheckpointException):
-        seen += [failure for failure, _ in error.failures.values()]
-    while seen:
-        current = seen.pop()
-        if isinstance(current, OSError):
-            return current
-        if current is not None:
-            seen += [current.__cause__, current.__context__]
-    return None
 
 
 def _free(path: Path) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
@@ -108,9 +109,23 @@ class _HashingFiles(FileSystem):
         self.written[Path(new_path)] = self.written.pop(Path(path))
 
     def raise_first_error(self) -> None:
-        """Raise what went wrong in a file, if anything did."""
+        """Raise what went wrong in a file, if anything did: the system's own error, for its context would not travel to other ranks."""
         if self._errors:
-            raise self._errors[0]
+            raise os_error(self._errors[0]) or self._errors[0]
+
+
+def os_error(error: BaseException) -> OSError | None:
+    """The operating system's error behind one of torch's: it arrives wrapped, or only as the context of another."""
+    seen: list[BaseException | None] = [error]
+    if isinstance(error, CheckpointException):
+        seen += [failure for failure, _ in error.failures.values()]
+    while seen:
+        current = seen.pop()
+        if isinstance(current, OSError):
+            return current
+        if current is not None:
+            seen += [current.__cause__, current.__context__]
+    return None
 
 
 class _HashingFile:
