@@ -1,8 +1,13 @@
-"""Work of ranks that share a model: the first of them takes items from the common work, the others compute each along with it."""
+"""Work of ranks that share a model: the first of them takes items from the common work, the others compute each along with it.
+
+Between two items the others wait for the first rank's word, and what it raises there is told to them. In the middle of an item they wait for it in a
+collective of the model, where no word would be heard: a rank that fails there leaves, and that ends what the others wait in.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -20,29 +25,33 @@ class Together:
 
     def __init__(self, work: Work, group: ProcessGroup | None) -> None:
         self._work, self._group = work, group
+        self._amid_item = False
 
     def run(self, items: Sequence[Item], on_done: Callable[[int], object] = lambda _: None) -> Results:
-        """As ``Work.run``. What is raised on the first rank ends the others as well."""
+        """As ``Work.run``. What is raised on one rank ends the others as well."""
         if comm.size(self._group) == 1:
             return self._work.run(items, on_done)
         if comm.rank(self._group) > 0:
             return self._follow(items)
-        told: Results | BaseException = RuntimeError("the first rank has ended")
         try:
-            told = self._work.run([self._led(index, item) for index, item in enumerate(items)], on_done)
+            results = self._work.run([self._led(index, item) for index, item in enumerate(items)], on_done)
         except BaseException as error:
-            told = error
+            if not self._amid_item:
+                with suppress(RuntimeError):  # nobody may be left to hear it
+                    self._tell(error)
             raise
-        finally:
-            self._tell(told)
-        return told
+        self._tell(results)
+        return results
 
     def _led(self, index: int, item: Item) -> Item:
         """The item, with a word to the others before it begins."""
 
         def run(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             self._tell(index)
-            return compute()
+            self._amid_item = True
+            result = compute()
+            self._amid_item = False
+            return result
 
         return item._replace(run=partial(run, item.run))
 

@@ -29,6 +29,7 @@ from megarat.infer.cache import SparseCache
 from megarat.infer.load import LoadedModel, load
 from megarat.infer.sampling import Sampling
 from megarat.infer.server import _ranks_of_one_model
+from megarat.model.layers import FeedForward
 from megarat.parallel import worlds
 from megarat.parallel.tensor import ALONE, TensorParallel
 from megarat.train.loop import pretrain
@@ -156,6 +157,27 @@ def test_what_ends_the_first_rank_ends_the_others(checkpoint):
         2, command, ["eval", str(checkpoint), "--device", "cpu", "--shards", "nowhere", "--tensor", "2"]
     )
     assert (first, second) == (2, 2)
+
+
+def failing_amid_a_piece(arguments: list[str], failing: tuple[int, ...]) -> int | str:
+    """One rank of ``megarat``, on some of which the model fails between two collectives; the exit code, or what it raised."""
+
+    def fail(*_):
+        raise UserError("no room for this")
+
+    if int(os.environ["RANK"]) in failing:
+        FeedForward.after_norm = fail
+    try:
+        return command(arguments)[0]
+    except RuntimeError as error:
+        return type(error).__name__
+
+
+@pytest.mark.parametrize(("failing", "ends"), [((0,), [2, "RuntimeError"]), ((1,), ["RuntimeError", 2]), ((0, 1), [2, 2])])
+def test_what_fails_amid_a_piece_of_work_ends_every_rank(checkpoint, failing, ends):
+    """The others are in a collective of the model, where they hear no word, or have left with the same message."""
+    arguments = ["eval", str(checkpoint), "--device", "cpu", "--shards", str(checkpoint.parent / "corpus"), "--split", "train"]
+    assert worlds.run(2, failing_amid_a_piece, [*arguments, "--tensor", "2"], failing, timeout_s=60) == ends
 
 
 SERVE = ["--device", "cpu", "--port", "0", "--rows", "3", "--max-length", "64", "--pattern", "D=4,W=2", "--pattern", "dense"]
