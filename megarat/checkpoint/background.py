@@ -128,8 +128,8 @@ class Saver:
 
     def _write(self, moment: Moment) -> None:
         self._saved = save(self._folder, moment.snapshot(), self._group)
-        if comm.rank(self._group) == 0:
-            prune(self._folder, self._settings.keep, self._settings.keep_every, moment.protected)
+        keep, keep_every = self._settings.keep, self._settings.keep_every
+        comm.first_decides(lambda: prune(self._folder, keep, keep_every, moment.protected), self._group)
 
     def _start(self, work: Callable[[], None]) -> None:
         def run() -> None:

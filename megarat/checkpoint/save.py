@@ -117,12 +117,18 @@ def save_imported(
 def prune(checkpoints: Path, keep: int, keep_every: int, protected: int | None = None) -> list[Path]:
     """Remove all but the newest ``keep`` checkpoints, those whose pair is a multiple of ``keep_every`` (0: none) and that of pair ``protected``.
 
-    Returns the removed.
+    Returns the removed. Raises ``UserError`` for one that the system does not let go.
     """
     found = {pair: folder for folder in checkpoints.iterdir() if (pair := pair_of(folder)) is not None}
     removed = [found[pair] for pair in sorted(found)[:-keep] if not (keep_every and pair % keep_every == 0) and pair != protected]
     for folder in removed:
-        _discard(folder)
+        try:
+            _discard(folder)
+        except OSError as error:
+            raise UserError(
+                f"cannot remove {folder}: {error.strerror}. All checkpoints are whole; remove this one, or set checkpoint.keep or "
+                "checkpoint.keep_every so that it stays, then start the same command again"
+            ) from None
     return removed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import threading
@@ -253,4 +254,28 @@ def test_a_file_that_lost_its_end_fails_the_save_on_all_ranks_with_the_same_word
     assert first.startswith("UserError: cannot write") and "bytes were written, but the file has 10" in first
     assert second == first.replace("UserError", ToldByFirstRank.__name__)
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["latest", "pair_00000001"]
+    load.verify(tmp_path)
+
+
+def train_beside_a_checkpoint_that_stays(config: Config) -> str:
+    """Pair 1's is a mount point, say."""
+    rename = Path.rename
+
+    def busy(self, target):
+        if self.name == "pair_00000001":
+            raise OSError(16, "Device or resource busy", str(self))
+        return rename(self, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", busy)
+        return train(config)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_checkpoint_that_the_system_does_not_let_go_ends_all_ranks_with_the_same_words(shards, tmp_path, asynchronous):
+    settings = run_config(tmp_path, shards, 1000, asynchronous)
+    first, second = worlds.run(2, train_beside_a_checkpoint_that_stays, settings, timeout_s=120)
+    assert re.match(r"UserError: cannot remove .*/pair_00000001: Device or resource busy\. All checkpoints are whole", first)
+    assert second == first.replace("UserError", ToldByFirstRank.__name__)
+    assert load.find_latest(tmp_path).name == "pair_00000004"
     load.verify(tmp_path)
