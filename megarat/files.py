@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -30,6 +31,13 @@ def replace_synced(path: Path, text: str) -> None:
     write_synced(temporary, text)
     temporary.replace(path)
     sync(path.parent)
+
+
+def write_whole(file: io.FileIO, content: bytes) -> None:
+    """Write to a file without a buffer, which takes as much as the disk has room for and raises only when that is nothing."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def sync(path: Path) -> None:

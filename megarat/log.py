@@ -17,15 +17,16 @@ import struct
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
 from megarat.config import Config
 from megarat.errors import UserError
-from megarat.files import replace_synced
+from megarat.files import replace_synced, write_whole
 from megarat.heartbeat import beat
 
 METRICS = "metrics.jsonl"
@@ -116,7 +117,7 @@ class RunLog:
 
     def _record(self, metrics: Metrics) -> None:
         line = json.dumps({key: _finite(value) for key, value in metrics.items()})
-        self._metrics.write(f"{line}\n".encode())
+        write_whole(self._metrics, f"{line}\n".encode())
         if self._events is not None:
             self._events.add(metrics)
 
@@ -194,7 +195,7 @@ class EventFile:
         end, self.last_pair = self._end_of(first_pair)
         self._file.truncate(end)
         self._file.seek(end)
-        self._writer = RecordWriter(self._file)
+        self._writer = RecordWriter(SimpleNamespace(write=partial(write_whole, self._file)))
         if end == 0:
             self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 

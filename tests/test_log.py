@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -52,6 +53,24 @@ def test_a_start_replaces_what_was_recorded_beyond_its_checkpoint(tmp_path):
     assert curve(tmp_path) == [*((pair, 1.0) for pair in range(1, 6)), *((pair, 2.0) for pair in range(6, 13)), (13, 3.0)]
     assert curve(tmp_path, "loss/sparse") == [(pair, loss + 1) for pair, loss in curve(tmp_path)]
     assert [path.name for path in (tmp_path / "tensorboard").iterdir()] == [Path(EVENTS).name]
+
+
+@pytest.mark.parametrize("name", [METRICS, EVENTS])
+def test_a_record_that_the_disk_takes_in_part_is_an_error_and_written_again(tmp_path, name):
+    """A limit on file sizes stands for a disk with 20 bytes left; what came behind half a record would be lost with it."""
+    record(tmp_path, 0, 3)
+    settings = tiny_run.config(train={"pairs": 10**6}, log={"tensorboard": name == EVENTS})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunLog(tmp_path, settings, 3) as log:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / name).stat().st_size + 20, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                log.pair({"pair": 4, "loss_sparse": 1.0, "loss_dense": 1.0, "tokens_per_s": 1.0, "skipped": False})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    record(tmp_path, 3, 5)
+    assert [json.loads(line)["pair"] for line in (tmp_path / METRICS).read_text().splitlines()] == [1, 2, 3, 4, 5]
+    assert [pair for pair, _ in curve(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_a_record_torn_at_any_byte_is_written_again(tmp_path):
