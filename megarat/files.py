@@ -26,10 +26,14 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def replace_synced(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader, or a crash, sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.new")
-    write_synced(temporary, text)
-    temporary.replace(path)
+    """Replace a file as a whole: a reader, or a crash, sees the old text or the new one, of whichever process was the last to write it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        write_synced(temporary, text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

@@ -31,6 +31,7 @@ from megarat.eval.retrieval import NeedleRun, NeedleScore
 from megarat.eval.speed import speed_items
 from megarat.eval.tasks import parse_tasks
 from megarat.eval.together import Together
+from megarat.files import replace_synced
 from megarat.heartbeat import beat
 from megarat.infer.cache import cache_bytes
 from megarat.infer.load import LoadedModel, join_ranks, load
@@ -238,8 +239,8 @@ def write_results(results: dict[str, Any], folder: str | Path) -> Path:
     scores = {name: part for name, part in results.items() if name != "speed"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-        path.with_name("speed.json").write_text(json.dumps(results["speed"], indent=2) + "\n", encoding="utf-8")
+        replace_synced(path, json.dumps(scores, indent=2) + "\n")
+        replace_synced(path.with_name("speed.json"), json.dumps(results["speed"], indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--out: cannot write {path}: {error}") from None
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -253,3 +254,16 @@ def test_results_that_cannot_be_written_are_reported(results, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out: cannot write .*file/results.json"):
         write_results(results, tmp_path / "file")
+
+
+def test_a_disk_that_is_full_leaves_the_results_of_before(results, tmp_path):
+    path = write_results(results, tmp_path)
+    before, limits = path.read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(UserError, match="--out: cannot write"):
+            write_results(results, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["results.json", "speed.json"]
