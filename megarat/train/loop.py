@@ -71,9 +71,7 @@ def train(config: Config, kind: str, parent: Parent | None = None, verify_resume
         if verify_resume:
             watchdog.beat("verifying the resume")
             verify(run)
-        if mesh.is_first:
-            record_start(config)
-        log = stack.enter_context(RunLog(run_dir, config, run.state.pair, mesh.is_first))
+        log = stack.enter_context(_open_log(run))
         log.say(_headline(run))
         return _loop(run, stop, log, watchdog)
 
@@ -182,7 +180,22 @@ def _advance(state: CheckpointState, tokens: int, digest: int) -> None:
 def _enter(run_dir: Path, stack: ExitStack) -> None:
     """The run folder, made if need be and locked by the first rank for as long as the stack lives."""
     make_folder(run_dir, "run.dir")
-    stack.enter_context(run_lock(run_dir))
+    with _full_disk(run_dir):
+        stack.enter_context(run_lock(run_dir))
+
+
+def _open_log(run: Run) -> RunLog:
+    """The first rank's, which records this start; the others wait until it has, so that a full disk ends them with the same words."""
+    run_dir, log = Path(run.config.run.dir), RunLog(Path(run.config.run.dir), run.config, run.state.pair, enabled=False)
+
+    def record() -> None:
+        nonlocal log
+        with _full_disk(run_dir):
+            record_start(run.config)
+            log = RunLog(run_dir, run.config, run.state.pair)
+
+    comm.first_decides(record, run.mesh.world)
+    return log
 
 
 @contextmanager

@@ -118,3 +118,22 @@ def test_damage_in_what_one_rank_wrote_is_told_by_name_on_any_mesh(shards, tmp_p
     newest.rename(tmp_path / "damaged")  # as the message says
     (tmp_path / "checkpoints" / "latest").write_text("pair_00000001\n")
     assert worlds.run(1, train, config(tmp_path, shards, 2))[0].endswith("pair_00000002")
+
+
+def train_on_a_full_disk(settings: Config, step: str) -> str:
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, full)
+        return train(settings)
+
+
+@pytest.mark.parametrize(
+    "step", ["megarat.train.guard.json.dump", "megarat.train.loop.record_start", "megarat.log.drop_later_lines"]
+)
+def test_a_disk_that_is_full_when_a_run_starts_ends_all_ranks_with_the_same_words(shards, tmp_path, step):
+    """Before the first pair it is the first rank that writes; the others wait for it."""
+    first, second = worlds.run(2, train_on_a_full_disk, config(tmp_path, shards), step, timeout_s=120)
+    assert first.startswith(f"UserError: cannot write {tmp_path}: No space left on device")
+    assert second == first.replace("UserError", ToldByFirstRank.__name__)
