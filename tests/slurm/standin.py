@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # save), "hang" (deaf to everything).
 PROGRAM = """
 import json, os, pathlib, re, signal, sys, time
-run = pathlib.Path(re.search("'(.*)'", sys.argv[-1])[1])
+run = pathlib.Path(re.search("'(.*)'", sys.argv[-1])[1].replace("''", "'"))
 lines = (run / "script").read_text().split("\\n")
 pair, ending = lines[min(int(os.environ.get("SLURM_RESTART_COUNT", 0)), len(lines) - 1)].split()
 os.utime(os.environ["MEGARAT_HEARTBEAT"])
