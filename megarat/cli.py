@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from typing import Any
 
+from megarat import mesh
 from megarat.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED, StoppedEarly, ToldByFirstRank, UserError
 
 _PATTERN_HELP = "'dense', 'D=16,W=256,I=4', or a YAML list with one entry a layer (an entry may be a list a head)"
@@ -26,10 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read the output, as in `| head`, has read enough. What the interpreter flushes at its end has to go somewhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except ToldByFirstRank:
-        return EXIT_BAD_INPUT
     except UserError as error:
-        print(f"megarat: {_rank()}error: {error}", file=sys.stderr)
+        if not isinstance(error, ToldByFirstRank):
+            print(f"megarat: {_rank()}error: {error}", file=sys.stderr)
+        mesh.abandon()
         return EXIT_BAD_INPUT
     except StoppedEarly as stop:
         if not _rank():

