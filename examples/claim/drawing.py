@@ -1,4 +1,4 @@
-"""The experiment's figures: loss curves, perplexity against cache bytes, memory by layer, and how far the two passes are apart."""
+"""The experiment's figures: loss curves, perplexity against cache bytes, memory by layer, how far the two passes are apart, gaps by tokens."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from examples.claim.records import (
     cache_mib,
     course,
     gap,
+    gap_of,
     letter,
     loss_of,
     spread,
@@ -35,9 +36,10 @@ _COLORS = {
 
 
 def draw(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
-    """All figures, as PNG files in a folder: ``course.png`` of all experiments, the others named after their own."""
-    together = _save(partial(_draw_course, experiments), folder / "course.png")
-    return [together, *(path for experiment in experiments for path in _draw_one(experiment, folder))]
+    """All figures, as PNG files in a folder: ``course.png`` and ``gap.png`` of all experiments, the others named after their own."""
+    together = {"course": _draw_course, "gap": _draw_gaps}
+    of_all = [_save(partial(make, experiments), folder / f"{name}.png") for name, make in together.items()]
+    return [*of_all, *(path for experiment in experiments for path in _draw_one(experiment, folder))]
 
 
 def _draw_one(experiment: Experiment, folder: Path) -> list[Path]:
@@ -97,6 +99,20 @@ def _draw_course(experiments: Sequence[Experiment], axis: Any) -> None:
                 axis.plot(places, apart, style, color=f"C{number}", marker="o", label=f"{one.name}, {letter(arm)}")
     axis.set(xlabel="million tokens", ylabel="training loss, sparse pass minus dense pass, nats", yscale="log")
     _plain_numbers(axis.yaxis)
+
+
+def _draw_gaps(experiments: Sequence[Experiment], axis: Any) -> None:
+    """Held-out gap of (a) at D=16, not adapted: where each training ended, and the checkpoints on the way (one seed)."""
+    for number, one in enumerate(by_size(experiments)):
+        records = one.of("ratplus")
+        tokens, color = records[0]["pretraining"]["tokens"] / 1e6, f"C{number}"
+        found = spread(records, gap_of("D=16"))
+        assert found is not None  # every experiment reads it
+        label = f"{one.name}: {records[0]['parameters'] / 1e6:.1f} M parameters"
+        axis.errorbar([tokens], [found.mean], yerr=[found.half_range], capsize=2, marker="o", color=color, label=label)
+        reached = one.shown("ratplus").get("milestones", [])
+        axis.plot([row["tokens"] / 1e6 for row in reached], [gap(row, "D=16") for row in reached], ".-", color=color)
+    axis.set(xlabel="million tokens", ylabel="held-out gap of (a) at D=16, nats", ylim=(0, None))
 
 
 def _draw_milestones(experiment: Experiment, axis: Any) -> None:

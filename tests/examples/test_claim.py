@@ -572,6 +572,7 @@ def test_every_table_and_figure_can_be_made_of_a_life(record, tmp_path):
         "toy-memory.png",
         "toy-milestones.png",
         "course.png",
+        "gap.png",
     }
 
 
