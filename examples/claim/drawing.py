@@ -34,6 +34,8 @@ _COLORS = {
     "attention-once": "C3",
 }
 
+_LEGEND_LINES = 8  # more are set in more columns, or the legend would take the place of the figure
+
 
 def draw(experiments: Sequence[Experiment], folder: Path) -> list[Path]:
     """All figures, as PNG files in a folder: ``course.png`` and ``gap.png`` of all experiments, the others named after their own."""
@@ -62,7 +64,8 @@ def _save(make: Callable[[Any], None], path: Path) -> Path:
     figure, axis = plt.subplots(figsize=(8, 5.6))
     make(axis)
     axis.grid(color="0.9", linewidth=0.8)
-    axis.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    columns = 2 if len(axis.get_legend_handles_labels()[0]) <= _LEGEND_LINES else 4
+    axis.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
