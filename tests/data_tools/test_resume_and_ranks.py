@@ -59,6 +59,13 @@ def build_small(work: Path, tokenizer: Path, out: str, *, part_bytes: int = 500,
     return build([work / "in"], tokenizer, work / out, chosen, workers=1, part_bytes=part_bytes, progress=False)
 
 
+def goes_on_to_the_same_bytes(work: Path, tokenizer: Path) -> None:
+    """What an earlier build left in "out" is finished to what a build without it writes."""
+    build_small(work, tokenizer, "out")
+    build_small(work, tokenizer, "whole")
+    assert files_of(work / "out") == files_of(work / "whole")
+
+
 def command(work: Path, tokenizer: Path, out: str, *more: str) -> list[str]:
     return [
         *(sys.executable, "-m", "data_tools.build_shards", str(work / "in"), "--tokenizer", str(tokenizer)),
@@ -337,9 +344,7 @@ def test_a_disk_without_room_for_one_more_name_is_one_message(
         build_small(work, tokenizer_file, "out")
     assert not (work / "out").exists()
     monkeypatch.undo()
-    build_small(work, tokenizer_file, "out")
-    build_small(work, tokenizer_file, "whole")
-    assert files_of(work / "out") == files_of(work / "whole")
+    goes_on_to_the_same_bytes(work, tokenizer_file)
 
 
 def killed(*_: object, **__: object) -> None:
@@ -356,9 +361,7 @@ def test_a_shard_that_no_rank_can_show_is_not_left_out_of_the_index(
         build_small(work, tokenizer_file, "out")
     assert not (work / "out").exists()
     monkeypatch.undo()
-    build_small(work, tokenizer_file, "out")
-    build_small(work, tokenizer_file, "whole")
-    assert files_of(work / "out") == files_of(work / "whole")
+    goes_on_to_the_same_bytes(work, tokenizer_file)
 
 
 def test_shards_of_a_build_that_was_killed_do_not_pass_for_those_of_the_one_before(
@@ -372,9 +375,7 @@ def test_shards_of_a_build_that_was_killed_do_not_pass_for_those_of_the_one_befo
     with pytest.raises(Interrupted):
         build_small(work, tokenizer_file, "out", seed=1)
     monkeypatch.undo()
-    build_small(work, tokenizer_file, "out")
-    build_small(work, tokenizer_file, "whole")
-    assert files_of(work / "out") == files_of(work / "whole")
+    goes_on_to_the_same_bytes(work, tokenizer_file)
 
 
 def test_parts_of_a_build_that_was_killed_do_not_pass_for_those_of_the_one_before(
@@ -392,9 +393,7 @@ def test_parts_of_a_build_that_was_killed_do_not_pass_for_those_of_the_one_befor
         build_small(work, huggingface_folder, "out")
     monkeypatch.undo()
     config.unlink()
-    build_small(work, huggingface_folder, "out")
-    build_small(work, huggingface_folder, "whole")
-    assert files_of(work / "out") == files_of(work / "whole")
+    goes_on_to_the_same_bytes(work, huggingface_folder)
 
 
 def test_the_tokenizer_of_a_stopped_build_does_not_lie_beside_the_shards_of_another(
