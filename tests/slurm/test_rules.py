@@ -96,7 +96,7 @@ def test_progress_is_the_last_whole_line_or_the_files_of_an_evaluation_or_a_buil
         folder.mkdir(parents=True)
     assert progress(run) is None
     (run / "metrics.jsonl").write_text('{"pair": 3}\n{"pair": 4}\n{"pa')
-    (out / "work/a/item-1.json").write_text("data: {shards: x}")
+    (out / "work/a/item-1.json").write_text("{}")
     (tmp_path / ".corpus.partial/parts/1").write_text("")
     assert (progress(run), progress(out), progress(build)) == (4, 1, 2)
 
