@@ -200,8 +200,9 @@ def _harness(
         [row] = run_harness(scorer, str(reading), [task], folder, settings.limit)
         return replace(row, cache_bytes_per_sequence=cache_bytes(model.config, reading, length)).to_dict()
 
+    content = {task: task_content(folder, task) for task in tasks}
     items = [
-        Item(f"harness-{task}-{short_hash(f'{task_content(folder, task)}/{reading}')}", 1, partial(score, reading, task))
+        Item(f"harness-{task}-{short_hash(f'{content[task]}/{reading}')}", 1, partial(score, reading, task))
         for reading in readings
         for task in tasks
     ]
