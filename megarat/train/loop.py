@@ -186,7 +186,8 @@ def _enter(run_dir: Path, stack: ExitStack) -> None:
 
 def _open_log(run: Run) -> RunLog:
     """The first rank's, which records this start; the others wait until it has, so that a full disk ends them with the same words."""
-    run_dir, log = Path(run.config.run.dir), RunLog(Path(run.config.run.dir), run.config, run.state.pair, enabled=False)
+    run_dir = Path(run.config.run.dir)
+    log = RunLog(run_dir, run.config, run.state.pair, enabled=False)
 
     def record() -> None:
         nonlocal log
