@@ -45,15 +45,8 @@ def checkpoint(golden_pth, tokenizer, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Path:
     """A Hugging Face tokenizer of ten words, with id 2 as EOS."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
     words = ["<unk>", "<s>", "</s>", "one", "two", "three", "four", "five", "six", "seven"]
-    made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = Whitespace()
-    folder = tmp_path_factory.mktemp("tokenizer")
-    made.save(str(folder / "tokenizer.json"))
+    folder = tiny_run.write_tokenizer(tmp_path_factory.mktemp("tokenizer"), words)
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     return folder
 

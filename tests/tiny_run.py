@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from megarat.config import Config, from_dict
 from megarat.data.format import Piece, ShardWriter, TokenizerInfo, token_dtype
@@ -45,6 +49,15 @@ def micro_batches(count: int, seed: int = 0, rows: int = 2) -> list[tuple[torch.
         labels[:, 5] = -100
         batches.append((tokens[:, :-1].contiguous(), labels))
     return batches
+
+
+def write_tokenizer(folder: Path, words: Sequence[str]) -> Path:
+    """A Hugging Face tokenizer of whole words under ``folder``, which is made; the first word stands for every unknown one; returns ``folder``."""
+    made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    made.pre_tokenizer = Whitespace()
+    folder.mkdir(exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 NO_TOKENIZER = TokenizerInfo("none", "sentencepiece", "0" * 64)

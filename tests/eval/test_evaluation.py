@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
+import tiny_run
 import torch
 
 import megarat
@@ -218,17 +218,9 @@ def test_a_corpus_of_a_larger_vocabulary_is_refused(checkpoint, stream, tmp_path
         evaluate(checkpoint, settings(tmp_path))
 
 
-def write_tokenizer(folder: Path, word: str) -> Path:
-    """A Hugging Face tokenizer of two words and EOS."""
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, word: 1, "</s>": EOS}, unk_token="<unk>"))
-    folder.mkdir()
-    made.save(str(folder / "tokenizer.json"))
-    return folder
-
-
 def test_a_corpus_of_another_tokenizer_is_refused(golden_pth, stream, tmp_path):
     """Of the same size: its ids are all in the vocabulary, and mean something else."""
-    own, other = (write_tokenizer(tmp_path / word, word) for word in ("own", "other"))
+    own, other = (tiny_run.write_tokenizer(tmp_path / word, ["<unk>", word, "</s>"]) for word in ("own", "other"))
     import_upstream(golden_pth, tmp_path / "tiny", own)
     for folder in (own, other):
         write_corpus(tmp_path / "of" / folder.name / "validation", stream, sha256=file_sha256(folder / "tokenizer.json"))

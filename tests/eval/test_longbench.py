@@ -7,9 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-import tokenizers
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+import tiny_run
 
 from megarat import cli
 from megarat.checkpoint.convert import import_upstream
@@ -222,14 +220,6 @@ def test_the_benchmarks_own_prompts_are_taken_where_they_are(published, folder, 
         run(published, folder, monkeypatch)
 
 
-def write_tokenizer(folder: Path, first: str) -> None:
-    """Every word but one is unknown, and is what prompts and answers are made of then."""
-    made = tokenizers.Tokenizer(WordLevel({first: 0, "</s>": 1, "Passage": 2}, unk_token=first))
-    made.pre_tokenizer = Whitespace()
-    folder.mkdir(exist_ok=True)
-    made.save(str(folder / "tokenizer.json"))
-
-
 def test_another_tokenizer_at_the_same_place_answers_anew(golden_pth, folder, tmp_path, monkeypatch):
     import_upstream(golden_pth, tmp_path / "tiny")
     monkeypatch.setattr("megarat.eval.runner.speed_items", lambda *_: [])
@@ -239,8 +229,8 @@ def test_another_tokenizer_at_the_same_place_answers_anew(golden_pth, folder, tm
     )
     settings = dataclasses.replace(settings, tokenizer=str(tmp_path / "tokenizer"))
     scores = []
-    for first in ("none", "other"):  # "none" is right everywhere
-        write_tokenizer(tmp_path / "tokenizer", first)
+    for first in ("none", "other"):  # what every answer is; "none" is right everywhere
+        tiny_run.write_tokenizer(tmp_path / "tokenizer", [first, "</s>", "Passage"])
         [row] = evaluate(tmp_path / "tiny", settings, tmp_path / "out")["tasks"]["longbench"]
         scores.append(row["score"])
     assert scores == [1.0, 0.0]

@@ -30,8 +30,7 @@ def test_a_rank_that_fails_ends_those_that_wait_for_it(tmp_path, failing, end):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(failing=failing, end=end))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=150, check=False
-    )  # torchrun kills the other after 30 s
+    # torchrun asks the other rank to end, and kills it after 30 s: where the failing one hangs, neither is done
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 1 and "/nowhere" in done.stderr
     assert f"rank      : {failing} " in done.stderr.split("Root Cause")[1]

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_run
 import torch
 
 from megarat.config import ModelConfig
@@ -342,17 +343,10 @@ def test_a_port_in_use_is_refused(server, model):
 
 
 def test_the_command_serves_until_it_is_told_to_stop(golden_pth, tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     from megarat.checkpoint.convert import import_upstream
 
-    words = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "one", "two"])}, unk_token="<unk>")
-    )
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    (tmp_path / "words").mkdir()
-    words.save(str(tmp_path / "words" / "tokenizer.json"))
-    import_upstream(golden_pth, tmp_path / "tiny", str(tmp_path / "words"))
+    words = tiny_run.write_tokenizer(tmp_path / "words", ["<unk>", "<s>", "</s>", "one", "two"])
+    import_upstream(golden_pth, tmp_path / "tiny", str(words))
     command = [
         sys.executable,
         "-m",
