@@ -105,7 +105,7 @@ def _draw_course(experiments: Sequence[Experiment], axis: Any) -> None:
 
 
 def _draw_gaps(experiments: Sequence[Experiment], axis: Any) -> None:
-    """Held-out gap of (a) at D=16, not adapted: where each training ended, and the checkpoints on the way (one seed)."""
+    """Held-out gap of (a) at D=16, not adapted: where each training ended, and the checkpoints on the way, a line a seed."""
     for number, one in enumerate(by_size(experiments)):
         records = one.of("ratplus")
         tokens, color = records[0]["pretraining"]["tokens"] / 1e6, f"C{number}"
@@ -113,19 +113,19 @@ def _draw_gaps(experiments: Sequence[Experiment], axis: Any) -> None:
         assert found is not None  # every experiment reads it
         label = f"{one.name}: {records[0]['parameters'] / 1e6:.1f} M parameters"
         axis.errorbar([tokens], [found.mean], yerr=[found.half_range], capsize=2, marker="o", color=color, label=label)
-        reached = one.shown("ratplus").get("milestones", [])
-        axis.plot([row["tokens"] / 1e6 for row in reached], [gap(row, "D=16") for row in reached], ".-", color=color)
+        for reached in (record.get("milestones", []) for record in records):
+            axis.plot([row["tokens"] / 1e6 for row in reached], [gap(row, "D=16") for row in reached], ".-", color=color)
     axis.set(xlabel="million tokens", ylabel="held-out gap of (a) at D=16, nats", ylim=(0, None))
 
 
 def _draw_milestones(experiment: Experiment, axis: Any) -> None:
-    """Held-out gaps of the checkpoints kept on the way (one seed an arm)."""
-    for arm in (arm for arm in experiment.present if "milestones" in experiment.shown(arm)):
-        reached = experiment.shown(arm)["milestones"]
-        tokens = [row["tokens"] / 1e6 for row in reached]
-        for reading, style in (("D=16", "-"), ("D=64", ":")):
-            label = f"{arms.TITLES[arm]}: {reading}"
-            axis.plot(tokens, [gap(row, reading) for row in reached], style, color=_COLORS[arm], marker="o", label=label)
+    """Held-out gaps of the checkpoints kept on the way, a line a seed."""
+    for arm in experiment.present:
+        for number, reached in enumerate(record["milestones"] for record in experiment.of(arm) if "milestones" in record):
+            tokens = [row["tokens"] / 1e6 for row in reached]
+            for reading, style in (("D=16", "-"), ("D=64", ":")):
+                label = f"{arms.TITLES[arm]}: {reading}" if number == 0 else None
+                axis.plot(tokens, [gap(row, reading) for row in reached], style, color=_COLORS[arm], marker="o", label=label)
     axis.set(xlabel="million tokens", ylabel="held-out loss minus dense loss, nats, not adapted", yscale="log")
     _plain_numbers(axis.yaxis)
 

@@ -6,6 +6,7 @@ A folder of results holds one folder an experiment (a size and a number of token
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -28,8 +29,9 @@ class Experiment(NamedTuple):
         return [record for record in self.records if record["arm"] == arm and "scores" in record]
 
     def shown(self, arm: str) -> Record:
-        """The seed that a figure shows: the first of those with most stages."""
-        return max(self.of(arm), key=len)
+        """The seed that a figure shows: the one that most arms have, so that they are compared on the same batches; else the arm's first."""
+        seeds = Counter(record["seed"] for record in self.records if "scores" in record)
+        return max(self.of(arm), key=lambda record: seeds[record["seed"]])
 
     @property
     def present(self) -> list[str]:

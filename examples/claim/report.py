@@ -280,13 +280,14 @@ def needles_table(experiment: Experiment) -> str:
 
 
 def _needle_readings(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """(fine-tuned under, read under), in the order of ``arms.NEEDLE_READINGS``."""
     found = (
         (tuning["trained"], row["pattern"])
         for record in records
         for tuning in record.get("needles", [])
         for row in tuning["scores"]
     )
-    return list(dict.fromkeys(found))
+    return sorted(dict.fromkeys(found), key=lambda pair: arms.NEEDLE_READINGS.index(pair[0]))
 
 
 def _short(reading: str) -> str:

@@ -443,6 +443,8 @@ def test_a_stop_is_passed_on_and_nothing_is_started_after_it(toy, built, tmp_pat
 
 # --- the report ---------------------------------------------------------------------------------------------------------------
 
+ORDERS = {"ratplus": ("dense", "D=16", "pair"), "attention": ("D=16", "pair", "dense")}
+
 
 def made_up(arm: str, seed: int, losses: dict[str, float], adapted: dict[str, float]) -> dict:
     rows = [{"pattern": reading, "loss": value, "cache_bytes_per_sequence": 2**20} for reading, value in losses.items()]
@@ -506,6 +508,14 @@ def test_each_seed_is_compared_with_its_own(two_arms):
     assert cells[1:3] == ["+1.000", "+0.900"] and cells[-4:-2] == ["5.0", "9.0"]
 
 
+def test_figures_show_the_seed_that_most_arms_have(two_arms):
+    """All three have seed 1, only (a) has seed 2 also, with more stages; an arm without seed 1 shows what it has."""
+    first, second, *others = two_arms.records
+    alone = made_up("recurrence", 3, {"dense": 3.0}, {})
+    experiment = records.Experiment("toy", [second | {"needles": [], "resumed": []}, first, *others, alone])
+    assert [experiment.shown(arm)["seed"] for arm in experiment.present] == [1, 3, 1, 1]
+
+
 def test_the_same_weights_are_compared_in_two_precisions(tmp_path):
     for precision, losses in (("fp32", (3.0, 3.2)), ("bf16", (3.001, 3.202))):
         rows = [{"pattern": name, "loss": loss} for name, loss in zip(("dense", "D=16,W=0,I=0"), losses, strict=True)]
@@ -543,6 +553,15 @@ def test_needles_of_several_seeds_are_a_mean_and_half_their_range():
         seeds.append(made_up("ratplus", seed, {"dense": 3.0}, {}) | {"needles": [{"trained": "D=16", "scores": scores}]})
     table = report.needles_table(records.Experiment("toy", seeds))
     assert row_of(table, arms.TITLES["ratplus"], "D=16") == ["D=16", "2", *["60 ± 10"] * 4]
+
+
+def test_needles_stand_in_the_same_order_in_every_arm():
+    """Whatever each was tuned under first."""
+    score = {"pattern": "dense", "task": "single_1", "ruler": 0.5}
+    tuned = {arm: [{"trained": name, "scores": [score]} for name in order] for arm, order in ORDERS.items()}
+    made = [made_up(arm, 1, {"dense": 3.0}, {}) | {"needles": tuned[arm]} for arm in ORDERS]
+    rows = report.needles_table(records.Experiment("toy", made)).splitlines()[2:]
+    assert [row.split(" | ")[1] for row in rows] == ["D=16", "pair", "dense", "D=16", "pair", "dense"]
 
 
 def test_what_must_be_seen_is_said_of_what_was_measured(two_arms):
