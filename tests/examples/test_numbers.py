@@ -81,6 +81,10 @@ def test_there_are_results_and_tables():
     assert "small" in SIZES
     assert all(table(name, "small") for name in ("losses", "gaps", "ratios", "adaptation", "adapted", "runs"))
     assert all(table(name, "long") for name in ("losses", "gaps", "seeds", "adaptation", "milestones", "runs"))
+    tuned = {(row[0].split(" ")[0], row[2]) for row in lines_of("needles small")[1]}
+    assert tuned >= {
+        (letter, read) for letter in ("(a)", "(b)", "(c)", "(d)") for read in ("dense", "D=16", "D=64", "3 blocks of 64")
+    }
 
 
 @pytest.mark.parametrize("size", SIZES)
