@@ -113,21 +113,26 @@ def _draw_gaps(experiments: Sequence[Experiment], axis: Any) -> None:
         assert found is not None  # every experiment reads it
         label = f"{one.name}: {records[0]['parameters'] / 1e6:.1f} M parameters"
         axis.errorbar([tokens], [found.mean], yerr=[found.half_range], capsize=2, marker="o", color=color, label=label)
-        for reached in (record.get("milestones", []) for record in records):
-            axis.plot([row["tokens"] / 1e6 for row in reached], [gap(row, "D=16") for row in reached], ".-", color=color)
+        for record in records:
+            axis.plot(*_on_the_way(record, "D=16"), ".-", color=color)
     axis.set(xlabel="million tokens", ylabel="held-out gap of (a) at D=16, nats", ylim=(0, None))
 
 
 def _draw_milestones(experiment: Experiment, axis: Any) -> None:
     """Held-out gaps of the checkpoints kept on the way, a line a seed."""
     for arm in experiment.present:
-        for number, reached in enumerate(record["milestones"] for record in experiment.of(arm) if "milestones" in record):
-            tokens = [row["tokens"] / 1e6 for row in reached]
+        for number, record in enumerate(record for record in experiment.of(arm) if "milestones" in record):
             for reading, style in (("D=16", "-"), ("D=64", ":")):
                 label = f"{arms.TITLES[arm]}: {reading}" if number == 0 else None
-                axis.plot(tokens, [gap(row, reading) for row in reached], style, color=_COLORS[arm], marker="o", label=label)
+                axis.plot(*_on_the_way(record, reading), style, color=_COLORS[arm], marker="o", label=label)
     axis.set(xlabel="million tokens", ylabel="held-out loss minus dense loss, nats, not adapted", yscale="log")
     _plain_numbers(axis.yaxis)
+
+
+def _on_the_way(record: Record, reading: str) -> tuple[list[float], list[float | None]]:
+    """Million tokens and held-out gap of the checkpoints kept on the way; none where none was kept."""
+    reached = record.get("milestones", [])
+    return [row["tokens"] / 1e6 for row in reached], [gap(row, reading) for row in reached]
 
 
 def _draw_perplexity(experiment: Experiment, axis: Any) -> None:
